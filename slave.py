@@ -14,17 +14,19 @@ MAX_SECRET_FILE_BYTES = 65536
 
 
 def is_repo_name(text):
-    """Whether `text` can name a repository: nothing that could lead out of the repositories' folder."""
-    return bool(NAME_RE.fullmatch(text)) and ".." not in text and not text.endswith((".git", ".lock"))
+    """Whether `text` can name a repository: nothing that leads out of the repositories' folder."""
+    return bool(NAME_RE.fullmatch(text) and ".." not in text
+                and not text.endswith((".git", ".lock")))
 
 
 def is_ref(text):
-    """Whether `text` can be a branch, tag or commit: git-check-ref-format(1) with --allow-onelevel."""
-    return 0 < len(text) <= MAX_REF_CHARS and text.isprintable() and not REF_BAD_RE.search(text)
+    """Whether `text` can be a branch, tag or commit: see git-check-ref-format(1), one level."""
+    return (0 < len(text) <= MAX_REF_CHARS and text.isprintable()
+            and not REF_BAD_RE.search(text))
 
 
 def sign(secret, method, target, when, nonce):
-    """The signature of a request in hex; `secret` is bytes, all else the text as it is sent."""
+    """The signature of a request, in hex; `secret` is bytes, all else the text as it is sent."""
     lines = "\n".join(("server-update-1", method, target, when, nonce))
     return hmac.new(secret, lines.encode("iso-8859-1"), "sha256").hexdigest()
 
@@ -32,16 +34,17 @@ def sign(secret, method, target, when, nonce):
 def read_secrets(path):
     """The lines of a secret file, as bytes: the first one signs, any of them verifies.
 
-    Raises ValueError, with the remedy, for a file that is no good, and OSError for one that can't be read.
+    Raises ValueError, with the remedy, for a file that is no good, OSError where there is none.
     """
     with open(path, "rb") as handle:
         mode = os.fstat(handle.fileno()).st_mode
         lines = [line.strip() for line in handle.read(MAX_SECRET_FILE_BYTES).split(b"\n")]
-    if mode & 0o077:
-        raise ValueError("others can read secret file %r; do: chmod 600 %s" % (path, path))
     secrets = [line for line in lines if line]
+    if mode & 0o077:
+        raise ValueError("others can read secret file '%s'; do: chmod 600 %s" % (path, path))
     if not secrets or min(map(len, secrets)) < MIN_SECRET_BYTES:
-        raise ValueError("secret file %r has %s; do: (umask 077; openssl rand -hex 32 > %s)" % (
-            path, "a line of less than %d bytes" % MIN_SECRET_BYTES if secrets else "no secret", path))
+        what = "a line of less than %d bytes" % MIN_SECRET_BYTES if secrets else "no secret in it"
+        raise ValueError("secret file '%s' has %s; do: (umask 077; openssl rand -hex 32 >%s)"
+                         % (path, what, path))
     return secrets
 # end of shared block
