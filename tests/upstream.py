@@ -168,7 +168,7 @@ class GitHandler(http.server.BaseHTTPRequestHandler):
             body = "no\n"
             self.wfile.write(
                 (
-                    "HTTP/1.1 %s Fault\r\nWWW-Authenticate: Basic realm=x\r\nContent-Length: %d\r\n"
+                    "HTTP/1.1 %s No\r\nWWW-Authenticate: Basic realm=x\r\nContent-Length: %d\r\n"
                     "Connection: close\r\n\r\n%s" % (fault, len(body), body)
                 ).encode()
             )
