@@ -176,22 +176,18 @@ def http_upstream(upstream):
 class Slave:
     """The real slave.py beside the real slave-activate, with a process and a home of its own."""
 
-    def __init__(self, folder, settings, args=(), env=None):
-        self.bin = copy_scripts(SOURCES, folder / "bin", "slave.py", "slave-activate")
-        self.home = folder / "home"
-        self.hooks = folder / "hooks"
-        for path in (self.home, self.hooks):
-            path.mkdir()
+    def __init__(self, folder, settings, args=(), env=None, sources=SOURCES):
+        self.bin = copy_scripts(sources, folder / "bin", "slave.py", "slave-activate")
+        self.command = [PYTHON, "-I", str(self.bin / "slave.py")]
+        self.args, self.env = list(map(str, args)), dict(env or {})
+        self.home, self.hooks = folder / "home", folder / "hooks"
+        self.home.mkdir()
+        self.hooks.mkdir()
         self.conf, self.log_file = folder / "slave.conf", folder / "log"
         self.settings = dict({"PORT": 0, "BIND": "127.0.0.1", "HOOKS_DIR": self.hooks}, **settings)
         self.repos = Path(self.settings.get("REPOS_DIR") or self.home / "repos")
         self.state = self.repos / ".server-update"
-        self.args, self.env, self.process, self.port = (
-            list(map(str, args)),
-            dict(env or {}),
-            None,
-            None,
-        )
+        self.process = self.port = None
 
     def start(self, wait=True):
         """Start it (again, then on the port that it had); with `wait`, until it listens."""
@@ -208,7 +204,7 @@ class Slave:
         env.update(self.env)
         with self.log_file.open("ab") as log:
             self.process = subprocess.Popen(
-                [PYTHON, "-I", str(self.bin / "slave.py")] + self.args,
+                self.command + self.args,
                 env=env,
                 cwd=str(self.home),
                 stdin=subprocess.DEVNULL,
