@@ -1,0 +1,212 @@
+#!/usr/bin/env python3
+"""A whole update followed to its end on real slaves on this machine, beside ansible and pdsh.
+
+    fleet.py --work DIR --results DIR [--quick]
+
+Every slave is a slave.py in a process of its own with a clone of its own; for the peers every
+slave is a folder of its own behind an sshd. All of them work on the machine that is the master.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+
+import measure
+import sshd
+import upstream
+
+ROUNDS = 5
+SLAVES = 50
+OURS = "server-update"
+KIND = "files-500"
+
+
+class Fleet:
+    """The slaves, their folders and the commands that update all of them."""
+
+    def __init__(self, args, server, ssh):
+        self.work, self.ssh = os.path.join(args.work, "fleet"), ssh
+        self.slaves = 2 if args.quick else SLAVES
+        self.kind = "smoke" if args.quick else KIND
+        self.base, self.url = server.url, f"{server.url}/{self.kind}.git"
+        self.bare = os.path.join(args.work, "upstream", self.kind + ".git")
+        self.processes = []
+        self.list = os.path.join(self.work, "slavelist.txt")
+        self.names = [f"slave{number}" for number in range(1, self.slaves + 1)]
+
+    def environment(self):
+        keep = {
+            "PATH": os.environ["PATH"],
+            "HOME": os.path.join(self.work, "home"),
+            "GIT_CONFIG_NOSYSTEM": "1",
+            "ANSIBLE_HOST_KEY_CHECKING": "False",
+        }
+        return dict(keep, **(self.ssh.environment() if self.ssh else {}))
+
+    def start(self):
+        """Starts every slave.py and writes the slave list with the ports they chose."""
+        os.makedirs(os.path.join(self.work, "home"))
+        ports = []
+        for name in self.names:
+            env = dict(
+                self.environment(),
+                SERVER_UPDATE_BASE_URL=self.base,
+                SERVER_UPDATE_BIND="127.0.0.1",
+                SERVER_UPDATE_PORT="0",
+                SERVER_UPDATE_REPOS_DIR=os.path.join(self.work, OURS, name),
+                SERVER_UPDATE_HOOKS_DIR=os.path.join(self.work, "none"),
+            )
+            process = subprocess.Popen(
+                (sys.executable, "-I", os.path.join(measure.ROOT, "slave.py")),
+                env=env,
+                stderr=subprocess.PIPE,
+                stdin=subprocess.DEVNULL,
+            )
+            self.processes.append(process)
+            ports.append(read_port(process))
+            threading.Thread(target=drain, args=(process.stderr,), daemon=True).start()
+        with open(self.list, "w", encoding="ascii") as handle:
+            handle.writelines(f"127.0.0.1:{port}\n" for port in ports)
+
+    def stop(self):
+        for process in self.processes:
+            process.terminate()
+        for process in self.processes:
+            process.wait()
+
+    def commands(self):
+        """Who takes part, with the command that updates all slaves and waits for them."""
+        found = {
+            OURS: [
+                sys.executable,
+                os.path.join(measure.ROOT, "server-update"),
+                "--list",
+                self.list,
+                "-q",
+                self.kind,
+            ]
+        }
+        hosts = ",".join(self.names)
+        every = ["pdsh", "-S", "-f", str(self.slaves), "-w", hosts]
+        pull = os.path.join(self.work, "pull", "%h", self.kind)
+        clone = os.path.join(self.work, "clone", "%h", self.kind)
+        ansible = os.path.join(self.work, "ansible", "{{inventory_hostname}}", self.kind)
+        if self.ssh and shutil.which("pdsh"):
+            found["pdsh git pull"] = [*every, f"git -C {pull} pull -q"]
+            found["pdsh rm -rf && git clone"] = [
+                *every,
+                f"rm -rf {clone}; git clone -q {self.url} {clone}",
+            ]
+        if self.ssh and shutil.which("ansible"):
+            python = os.path.realpath(sys.executable)
+            found["ansible -m git"] = [
+                "ansible",
+                "all",
+                "-i",
+                hosts + ",",
+                "-f",
+                str(self.slaves),
+                "-e",
+                f"ansible_python_interpreter={python}",
+                "-m",
+                "git",
+                "-a",
+                f"repo={self.url} dest={ansible} version=main force=yes",
+            ]
+        return found
+
+    def folder(self, who):
+        return {
+            "pdsh git pull": "pull",
+            "pdsh rm -rf && git clone": "clone",
+            "ansible -m git": "ansible",
+        }.get(who, who)
+
+    def set_up(self, who):
+        """The first clones: the slaves make their own, the peers' are copied."""
+        if who == OURS:
+            measure.run_measured(self.commands()[OURS], self.environment())
+            return
+        for name in self.names:
+            tree = os.path.join(self.work, self.folder(who), name, self.kind)
+            subprocess.run(("git", "clone", "-q", self.bare, tree), check=True)
+            upstream.run_git(tree, "remote", "set-url", "origin", self.url)
+
+    def check(self, who, commit):
+        """Raises measure.Failed unless each of the slaves has that commit."""
+        for name in self.names:
+            tree = os.path.join(self.work, self.folder(who), name, self.kind)
+            if upstream.run_git(tree, "rev-parse", "HEAD") != commit:
+                raise measure.Failed(f"{who}: {tree} is not at {commit}")
+
+
+def read_port(process):
+    """The port that a starting slave logs; raises measure.Failed with what it said instead."""
+    said = b""
+    for line in process.stderr:
+        said += line
+        found = re.search(rb"listening on port (\d+)", line)
+        if found:
+            return int(found.group(1))
+    raise measure.Failed(f"slave.py did not start: {said.decode(errors='replace')}")
+
+
+def drain(stream):
+    """The log has to go somewhere: a slave whose pipe is full would wait."""
+    while stream.read1(65536):
+        pass
+
+
+def take_turns(fleet, group, rounds):
+    commands = fleet.commands()
+    for who in commands:
+        fleet.set_up(who)
+    whos = list(commands)
+    for number in range(rounds):
+        commit = upstream.commit(fleet.bare, 1)
+        turn = number % len(whos)
+        for who in whos[turn:] + whos[:turn]:
+            os.sync()
+            measure.Results.add(
+                group, who, measure.run_measured(commands[who], fleet.environment())
+            )
+            fleet.check(who, commit)
+    group["results"].sort(key=lambda result: whos.index(result["who"]))
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", required=True)
+    parser.add_argument("--results", required=True)
+    parser.add_argument("--quick", action="store_true")
+    args = parser.parse_args(argv)
+    base = os.path.join(args.work, "upstream")
+    os.makedirs(base, exist_ok=True)
+    server = upstream.Server(base)
+    ssh = None if args.quick else sshd.start(os.path.join(args.work, "sshd"))
+    fleet = Fleet(args, server, ssh)
+    results = measure.Results("fleet")
+    try:
+        if not os.path.exists(fleet.bare):
+            upstream.make(fleet.kind, fleet.bare)
+        group = results.group(
+            f"An update followed to its end on {fleet.slaves} real slaves, one small commit", OURS
+        )
+        fleet.start()
+        take_turns(fleet, group, 1 if args.quick else ROUNDS)
+    except (measure.Failed, subprocess.CalledProcessError) as error:
+        sys.exit(f"fleet.py: {error}")
+    finally:
+        fleet.stop()
+        server.stop()
+        if ssh:
+            ssh.stop()
+    results.write(args.results)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,163 @@
+"""Runs commands and measures them, watches a tree that is updated, keeps the values.
+
+A row's result file is {"row", "date", "groups": [{"title", "note", "ours", "results": [{"who",
+"values": {metric: [one value a run]}}]}]}; "ours" is who the ratios are to; report.py names the metrics.
+"""
+
+import datetime
+import json
+import os
+import subprocess
+import threading
+import time
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+SAMPLE_S = 0.002
+
+
+class Failed(Exception):
+    """What was to be measured did not do its work."""
+
+
+def skip(what, why):
+    """Says loudly that a figure will be missing."""
+    print(f"bench: WITHOUT {what}: {why}", flush=True)
+
+
+def run_measured(argv, env, cwd=None, started=None):
+    """Seconds and CPU seconds of argv and its children; raises Failed; calls started(pid)."""
+    with open(os.devnull) as null:
+        before = time.monotonic()
+        child = subprocess.Popen(
+            argv, env=env, cwd=cwd, stdin=null, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        if started:
+            started(child.pid)
+        output = child.stdout.read()
+        child.stdout.close()
+        _, status, usage = os.wait4(child.pid, 0)
+        seconds = time.monotonic() - before
+    child.returncode = status
+    if status:
+        raise Failed(f"{argv}: status {status}: {output.decode(errors='replace')[-2000:]}")
+    return {"seconds": seconds, "cpu": usage.ru_utime + usage.ru_stime}
+
+
+def family(pid):
+    """pid and all that it has started and that still runs."""
+    pids = [pid]
+    for parent in pids:
+        try:
+            with open(f"/proc/{parent}/task/{parent}/children") as handle:
+                pids += map(int, handle.read().split())
+        except OSError:
+            pass  # it has just ended
+    return pids
+
+
+def own_bytes(pids):
+    """Memory that processes have for themselves: resident, without what is mapped from files.
+
+    (ru_maxrss is of no use here: it begins with what the process that forked had.)
+    """
+    pages = 0
+    for pid in pids:
+        try:
+            with open(f"/proc/{pid}/statm") as handle:
+                _, resident, shared = handle.read().split()[:3]
+        except (OSError, ValueError):
+            continue
+        pages += int(resident) - int(shared)
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+class Watcher(threading.Thread):
+    """Looks at a tree by path over and over, at its file system's space, at a process's memory.
+
+    A look reads the first file, the last, and the first again: where the first changed in between,
+    the look straddled a switch and says nothing. Otherwise both must be there and be the same.
+    """
+
+    def __init__(self, tree, first, last):
+        super().__init__(daemon=True)
+        self.first, self.last = os.path.join(tree, first), os.path.join(tree, last)
+        self.folder = os.path.dirname(tree)
+        self.done = threading.Event()
+        self.broken_s = 0.0
+        self.used_before = self.used()
+        self.used_most = self.used_before
+        self.pid = None
+        self.memory_most = 0
+
+    def used(self):
+        """Bytes in use in the file system, what waits to be written included."""
+        seen = os.statvfs(self.folder)
+        return (seen.f_blocks - seen.f_bfree) * seen.f_frsize
+
+    def is_whole(self):
+        try:
+            texts = []
+            for path in (self.first, self.last, self.first):
+                with open(path, "rb") as handle:
+                    texts.append(handle.read())
+        except OSError:
+            return False
+        return texts[0] != texts[2] or texts[0] == texts[1] != b""
+
+    def run(self):
+        last, sampled = time.monotonic(), 0.0
+        while not self.done.is_set():
+            whole = self.is_whole()
+            now = time.monotonic()
+            if not whole:
+                self.broken_s += now - last
+            last = now
+            if now - sampled > SAMPLE_S:
+                self.used_most, sampled = max(self.used_most, self.used()), now
+                if self.pid:
+                    self.memory_most = max(self.memory_most, own_bytes(family(self.pid)))
+
+    def stop(self):
+        """Milliseconds that a reader was let down; the most extra disk and memory, in MB."""
+        self.done.set()
+        self.join()
+        return {
+            "broken": self.broken_s * 1000,
+            "disk": (self.used_most - self.used_before) / 1e6,
+            "memory": self.memory_most / 1e6,
+        }
+
+    def follow(self, pid):
+        self.pid = pid
+
+
+class Results:
+    """The values of one row, group by group, written when the row is done."""
+
+    def __init__(self, row):
+        self.row = row
+        self.groups = []
+
+    def group(self, title, ours, note="", **facts):
+        """A table to be: ratios are to ours; facts (plot, x) say where its values are plotted."""
+        self.groups.append(dict(facts, title=title, ours=ours, note=note, results=[]))
+        return self.groups[-1]
+
+    @staticmethod
+    def add(group, who, values):
+        """Adds one run's values to what this contestant has in the group."""
+        for result in group["results"]:
+            if result["who"] == who:
+                break
+        else:
+            result = {"who": who, "values": {}}
+            group["results"].append(result)
+        for metric, value in values.items():
+            result["values"].setdefault(metric, []).append(value)
+
+    def write(self, folder):
+        found = {"row": self.row, "date": str(datetime.date.today()), "groups": self.groups}
+        path = os.path.join(folder, self.row + ".json")
+        with open(path + ".new", "w", encoding="utf-8") as handle:
+            json.dump(found, handle, indent=1)
+        os.replace(path + ".new", path)
