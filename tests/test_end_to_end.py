@@ -1,0 +1,209 @@
+"""The whole path: server-update, slave.py, slave-activate and a real upstream."""
+import json
+import os
+import re
+import signal
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from conftest import ROOT, processes_below
+from plain_slave import PlainSlave, refusing_entry
+from upstream import run_git, wait_until
+
+SLAVES = 3
+
+
+@pytest.fixture
+def fleet(start_slave, upstream, http_upstream):
+    """fleet("http" or "path"): three slaves whose upstream is reached that way."""
+    def start(way="path", count=SLAVES):
+        base = {"path": upstream.base_path, "http": http_upstream.url}[way]
+        return [start_slave(BASE_URL=base) for _ in range(count)]
+    return start
+
+
+@pytest.fixture
+def update(run_script, tmp_path):
+    """update(slaves or entries, *arguments): run server-update on a list of them."""
+    def run(slaves, *arguments, **kwargs):
+        entries = [getattr(slave, "url", slave) for slave in slaves]
+        slavelist = tmp_path / "slavelist.txt"
+        slavelist.write_text("\n".join(["# the fleet", *entries, ""]))
+        return run_script("server-update", "--list", slavelist, *arguments, **kwargs)
+    return run
+
+
+def commit_in(slave, repo="hanuman"):
+    """The commit in a slave's clone, as git says, of a clean tree that is complete."""
+    folder = str(slave.repos / repo)
+    assert run_git("status", "--porcelain", "--ignored", cwd=folder) == ""
+    run_git("fsck", "--full", cwd=folder)
+    return run_git("rev-parse", "HEAD", cwd=folder)
+
+
+def names_in(folder):
+    """What a folder holds."""
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("way", ["path", "http"])
+def test_one_command_updates_every_slave_and_says_what_is_live(fleet, upstream, update, way):
+    repo = upstream.create("hanuman", {"index.html": "one\n", "old": "gone soon\n"})
+    first, slaves = repo.head(), fleet(way)
+    done = update(slaves, "hanuman")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(first[:7]) >= SLAVES
+    for slave in slaves:
+        assert commit_in(slave) == first
+        (slave.repos / "hanuman" / "untracked").write_text("made on the slave\n")
+    second = repo.commit({"index.html": "two\n", "old": None}, "Second")
+    done = update(slaves, "hanuman")
+    assert done.returncode == 0
+    for slave in slaves:
+        entry = slave.url
+        line = [line for line in done.stdout.splitlines() if entry.split("//")[1] in line][0]
+        assert re.search(r"\blive\b.*%s.*%s.*\d" % (second[:7], first[:7]), line)
+        assert commit_in(slave) == second
+        assert names_in(slave.repos / "hanuman") == [".git", "index.html"]
+        assert names_in(slave.state) == ["hanuman.json", "hanuman.lock"]
+
+
+def test_json_lines_say_it_to_programs(fleet, upstream, update):
+    repo = upstream.create("hanuman")
+    slaves = fleet()
+    done = update(slaves, "--json", "hanuman")
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["type"] for line in lines] == ["start"] + ["result"] * SLAVES + ["summary"]
+    assert (lines[0]["repo"], lines[0]["slaves"]) == ("hanuman", SLAVES)
+    assert {line["slave"] for line in lines[1:-1]} == {slave.url for slave in slaves}
+    assert {line["commit"] for line in lines[1:-1]} == {repo.head()}
+    assert lines[-1]["outcomes"] == {"live": SLAVES}
+    assert lines[-1]["commits"] == {repo.head(): SLAVES}
+    assert lines[-1]["exit"] == done.returncode == 0
+
+
+def test_an_unreachable_slave_is_named_with_the_reason_and_is_exit_1(fleet, upstream, update):
+    repo = upstream.create("hanuman")
+    slaves = fleet()
+    entry, holder = refusing_entry()
+    with holder:
+        done = update([*slaves, entry], "--retries", "1", "hanuman")
+    assert done.returncode == 1
+    assert re.search(re.escape(entry) + r".*unreachable.*refused", done.stdout)
+    assert [commit_in(slave) for slave in slaves] == [repo.head()] * SLAVES
+
+
+def test_a_bad_line_in_the_list_is_exit_2_with_its_number_and_signals_nobody(upstream, update):
+    upstream.create("hanuman")
+    slave = PlainSlave({"/": (200, "ok")})
+    done = update([slave.entry, "web1:80x", slave.entry], "hanuman")
+    slave.close()
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.search(r"^server-update: \S*slavelist.txt:3: bad port '80x'$", done.stderr, re.M)
+    assert slave.requests == []
+
+
+def test_a_slave_of_the_oldest_kind_counts_as_signalled(fleet, upstream, update):
+    upstream.create("hanuman")
+    oldest = PlainSlave({"/get/?repo=hanuman": (200, "Updating hanuman\n")})
+    done = update([*fleet(count=1), "http://%s/get/" % oldest.entry], "hanuman")
+    oldest.close()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(re.escape(oldest.entry) + r".*signalled", done.stdout)
+    assert oldest.requests == ["/get/?repo=hanuman"]
+
+
+def test_the_old_habits_work_unchanged(fleet, upstream, run_script, own_home):
+    repo = upstream.create("hanuman")
+    slave = fleet(count=1)[0]
+    for path in ("/get/?repo=hanuman", "/?repo=hanuman"):
+        wanted = repo.commit({"page": path})
+        assert subprocess.call(["curl", "-sf", "-o", os.devnull, slave.url + path]) == 0
+        wait_until(lambda wanted=wanted: slave.json("/status?repo=hanuman")["commit"] == wanted)
+        assert commit_in(slave) == wanted
+    base = {"SERVER_UPDATE_BASE_URL": upstream.base_path}
+    done = run_script("slave-activate", "hanuman", env=base)
+    assert (done.returncode, done.stdout) == (0, "hanuman %s -\n" % repo.head())
+    assert run_git("rev-parse", "HEAD", cwd=str(own_home / "repos" / "hanuman")) == repo.head()
+
+
+def test_a_failing_upstream_leaves_what_was_live(fleet, upstream, http_upstream, update):
+    repo = upstream.create("hanuman")
+    slaves = fleet("http")
+    assert update(slaves, "hanuman").returncode == 0
+    first = repo.head()
+    repo.commit({"x": "1"})
+    http_upstream.fault = "503"
+    done = update(slaves, "hanuman")
+    assert done.returncode == 1
+    assert done.stdout.count("failed") >= SLAVES
+    assert "503" in done.stdout
+    assert [commit_in(slave) for slave in slaves] == [first] * SLAVES
+
+
+def test_slaves_at_different_commits_are_exit_1(fleet, upstream, update):
+    repo = upstream.create("hanuman")
+    slaves = fleet(count=2)
+    other = upstream.folder.parent / "behind"
+    run_git("clone", "-q", "--mirror", repo.path, other / "hanuman.git")
+    assert slaves[1].stop() == 0
+    slaves[1].settings["BASE_URL"] = other
+    slaves[1].start()
+    commits = repo.head() + "|" + repo.commit({"x": "1"})
+    done = update(slaves, "hanuman")
+    assert done.returncode == 1
+    assert re.search("equal: server-update --ref (%s)" % commits, done.stdout)
+    totals = json.loads(update(slaves, "--json", "hanuman").stdout.splitlines()[-1])
+    assert (totals["outcomes"], len(totals["commits"]), totals["exit"]) == ({"live": 2}, 2, 1)
+
+
+def test_many_signals_at_once_are_few_updates_and_the_last_commit(fleet, upstream, tmp_path):
+    repo = upstream.create("hanuman")
+    slave = fleet(count=1)[0]
+    hook = slave.hooks / "pre-update"
+    hook.write_text("#!/bin/sh\necho run >>'%s'\n" % (tmp_path / "runs"))
+    hook.chmod(0o755)
+    with ThreadPoolExecutor(16) as pool:
+        ids = list(pool.map(lambda _: slave.signal(), range(200)))
+        last = repo.commit({"x": "1"})
+        ids.append(slave.signal())
+    record = slave.wait_update("hanuman", max(ids))
+    assert (record["state"], record["commit"]) == ("live", last)
+    assert len(set(ids)) == len(ids)
+    assert len((tmp_path / "runs").read_text().splitlines()) <= 4
+
+
+# -- the demo --------------------------------------------------------------
+
+
+def start_demo(tmp_path, errors):
+    """tests/demo in a process group of its own."""
+    return subprocess.Popen(
+        ["sh", str(ROOT / "tests" / "demo")], start_new_session=True, universal_newlines=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, cwd=str(tmp_path),
+        env=dict(os.environ, TMPDIR=str(tmp_path)))
+
+
+def test_the_demo_shows_both_commits_and_leaves_nothing(tmp_path):
+    process = start_demo(tmp_path, subprocess.PIPE)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, output + errors
+    before, after = output.split("# Somebody pushed ")
+    assert before.count('"Version 20"') == SLAVES + 1
+    newest = after.split()[0]
+    assert after.count('%s "Version 21"' % newest) == SLAVES + 1
+    assert len(re.findall(r"\blive\b.*" + newest[:7], after)) >= SLAVES
+    assert names_in(tmp_path) == ["home"]
+    assert processes_below(tmp_path) == []
+
+
+def test_the_demo_leaves_nothing_after_ctrl_c(tmp_path):
+    process = start_demo(tmp_path, subprocess.STDOUT)
+    while "$ server-update" not in process.stdout.readline():
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGINT)
+    process.stdout.read()
+    assert process.wait(20) == 130
+    assert names_in(tmp_path) == ["home"]
+    assert processes_below(tmp_path) == []

@@ -1,0 +1,127 @@
+"""What holds for all scripts: what they share stays shared, their size, syntax and help."""
+
+import ast
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+
+import pytest
+from conftest import PYTHON, ROOT
+
+BUDGETS = {"server-update": 800, "slave.py": 800, "slave-activate": 250, "install.sh": 350}
+SCRIPTS = sorted(BUDGETS)
+PYTHON_SCRIPTS = ["server-update", "slave.py"]
+SHELL_SCRIPTS = ["slave-activate", "install.sh"]
+MAX_COLUMNS = 99
+MAX_FUNCTION_LINES = 45
+BLOCK = re.compile(
+    r"^# shared with (\S+): keep identical\n(.*?)^# end of shared block\n", re.M | re.S
+)
+
+
+def text_of(name):
+    """A script's text."""
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def test_what_two_scripts_share_is_identical():
+    blocks = {name: BLOCK.findall(text_of(name)) for name in PYTHON_SCRIPTS}
+    assert [peer for peer, _ in blocks["server-update"]] == ["slave.py"]
+    assert [peer for peer, _ in blocks["slave.py"]] == ["server-update"]
+    assert blocks["server-update"][0][1] == blocks["slave.py"][0][1]
+    assert "def is_repo_name" in blocks["slave.py"][0][1]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_can_be_read_in_one_sitting(name):
+    lines = text_of(name).splitlines()
+    assert len(lines) <= BUDGETS[name]
+    assert [line for line in lines if len(line) > MAX_COLUMNS] == []
+    assert [line for line in lines if line != line.rstrip()] == []
+    assert (ROOT / name).stat().st_mode & stat.S_IXUSR
+
+
+@pytest.mark.parametrize("name", PYTHON_SCRIPTS)
+def test_python_is_that_of_3_7_and_has_short_functions(name):
+    old = {} if sys.version_info < (3, 8) else {"feature_version": (3, 7)}
+    tree = ast.parse(text_of(name), name, **old)
+    assert ast.get_docstring(tree)
+    if not old:
+        return  # this is 3.7, which knows no ends of nodes
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    too_long = {node.name: node.end_lineno - node.lineno + 1 for node in functions}
+    assert {name: size for name, size in too_long.items() if size > MAX_FUNCTION_LINES} == {}
+
+
+@pytest.mark.parametrize("name", PYTHON_SCRIPTS)
+def test_only_the_standard_library_is_imported(name):
+    modules = set()
+    for node in ast.walk(ast.parse(text_of(name))):
+        if isinstance(node, ast.Import):
+            modules.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level
+            modules.add(node.module)
+    command = [PYTHON, "-I", "-S", "-c", "import " + ", ".join(sorted(modules))]
+    assert subprocess.run(command, stderr=subprocess.PIPE).stderr == b""
+
+
+@pytest.mark.parametrize("shell", ["dash", "busybox ash", "bash"])
+@pytest.mark.parametrize("name", [*SHELL_SCRIPTS, "tests/run", "tests/demo"])
+def test_shell_is_posix(name, shell):
+    words = shell.split()
+    if not shutil.which(words[0]):
+        pytest.skip("no %s here" % words[0])
+    done = subprocess.run([*words, "-n", str(ROOT / name)], stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize("name", [*SHELL_SCRIPTS, "tests/run", "tests/demo"])
+def test_a_truncated_shell_script_does_nothing(name, tmp_path):
+    lines = text_of(name).splitlines(True)
+    assert lines[0] == "#!/bin/sh\n"
+    assert lines[-1] == 'main "$@"\n'
+    (tmp_path / "script").write_text("".join(lines[:-1]), encoding="utf-8")
+    done = subprocess.run(
+        ["sh", str(tmp_path / "script"), "slave"],
+        env=dict(os.environ, DESTDIR=str(tmp_path)),
+        cwd=str(tmp_path),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        timeout=10,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    assert sorted(os.listdir(str(tmp_path))) == ["home", "script"]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_each_script_alone_tells_what_it_is(name, run_script, tmp_path):
+    for option in ("--help", "-h"):
+        done = run_script(name, option)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert name in done.stdout.splitlines()[0]
+    assert os.listdir(str(tmp_path / "alone" / name)) == [name]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_an_unknown_option_is_a_usage_error(name, run_script):
+    done = run_script(name, "--no-such-option")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "--no-such-option" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_readme_has_the_real_help(run_script):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    done = run_script("server-update", "--help", env={"COLUMNS": "100"})
+    assert "```\n" + done.stdout + "```\n" in readme or done.stdout in readme
+
+
+def test_the_commands_that_the_readme_gives_first_are_there():
+    top = (ROOT / "README.md").read_text(encoding="utf-8")[:4000]
+    assert "sh tests/demo" in top
+    assert "sh tests/run" in top
