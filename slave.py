@@ -13,7 +13,6 @@ by SIGTERM or SIGINT, 1 could not start, 2 usage or settings.
 """
 
 import argparse
-import errno
 import fcntl
 import fnmatch
 import functools
@@ -25,8 +24,6 @@ import json
 import os
 import queue
 import re
-import resource
-import select
 import shutil
 import signal
 import socket
@@ -63,7 +60,8 @@ MAX_WAIT_S = 30
 MAX_CLOCK_DIFFERENCE_S = 300
 MAX_NONCES = 65536
 MAX_REFUSALS_LOGGED = 10  # a second
-RETRY_LATER = (("Retry-After", "2"),)
+IPV4_IN_IPV6 = "::ffff:"  # how a socket for both has IPv4 addresses
+RETRY_LATER = ("Retry-After", "2")
 
 # shared with server-update: keep identical
 NAME_RE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
@@ -110,24 +108,17 @@ def read_secrets(path):
 # end of shared block
 
 HASH_RE = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+NUMBER_RE = re.compile("[0-9]{1,15}")
 SIGNATURE_RE = re.compile(r"t=([0-9]{1,12}),n=([0-9a-f]{32}),s=([0-9a-f]{64})")
 OUTPUT_KINDS = ("slave-activate: ", "fatal: ", "error: ", "")  # what tells most comes first
 
 
 class Mistake(Exception):
-    """What keeps the slave from starting, for a person to mend; `status` is the exit status."""
-
-    def __init__(self, text, status=2):
-        super().__init__(text)
-        self.status = status
+    """What keeps the slave from starting: a text for a person, and the exit status."""
 
 
 class Refusal(Exception):
-    """A request that gets an error for its answer."""
-
-    def __init__(self, status, text, headers=()):
-        super().__init__(text)
-        self.status, self.headers = status, headers
+    """A request that gets an error for its answer: HTTP status, text, further headers."""
 
 
 def escape(text):
@@ -145,8 +136,7 @@ def log(text):
         pass  # nobody reads the log: no reason to stop updating
 
 
-# -- settings ------------------------------------------------------------------------------------
-
+# -- settings: each parser takes a text that is not empty, and raises ValueError ------------------
 def parse_number(low, high, text):
     if not re.fullmatch("[0-9]{1,7}", text) or not low <= int(text) <= high:
         raise ValueError(text)
@@ -160,18 +150,22 @@ def parse_matching(pattern, text):
 
 
 def parse_path(text):
-    home = os.environ.get("HOME") or os.path.expanduser("~")
-    return parse_matching("/.*", home + text[1:] if text.startswith("~/") else text)
+    return parse_matching("/.*", os.path.expanduser(text) if text.startswith("~/") else text)
 
 
 def parse_networks(text):
-    return [ipaddress.ip_network(part) for part in text.replace(",", " ").split()]
+    text = text.replace(",", " ").replace(IPV4_IN_IPV6, "")
+    return [ipaddress.ip_network(part) for part in text.split()]
 
 
-SETTINGS = {  # KEY: default, parser (text -> value or ValueError), help
+def parse_globs(text):
+    return parse_matching(r"[A-Za-z0-9._*?\[\]!, -]+", text).replace(",", " ").split()
+
+
+SETTINGS = {  # KEY: default, parser, help
     "BASE_URL": ("https://github.com/aiegoo",
                  lambda text: parse_matching(r"/\S*|[^-:\s]\S*:\S+", text).rstrip("/"),
-                 "URL or path, clones are made of BASE_URL/NAME.git"),
+                 "URL or path: clones are made of BASE_URL/NAME.git"),
     "REPOS_DIR": ("~/repos", parse_path, "folder where the clones go live"),
     "HOOKS_DIR": ("/etc/server-update/hooks", parse_path, "has pre-update and post-update"),
     "PORT": ("9999", functools.partial(parse_number, 0, 65535), "0 takes a free one"),
@@ -180,19 +174,19 @@ SETTINGS = {  # KEY: default, parser (text -> value or ValueError), help
     "SUBMODULES": ("yes", functools.partial(parse_matching, "yes|no"), "yes or no: clone them"),
     "SECRET_FILE": ("", parse_path, "shared secret, else %s if it exists" % SECRET_FILE),
     "ALLOW_FROM": ("", parse_networks, "addresses and networks that may ask, else all"),
-    "ALLOW_REPOS": ("", functools.partial(parse_matching, r"[A-Za-z0-9._*?\[\]!, -]+"),
-                    "globs of repositories that may be updated, else all"),
+    "ALLOW_REPOS": ("", parse_globs, "globs of repositories that may be updated, else all"),
     "TLS_CERT": ("", parse_path, "certificate chain (PEM): serve https"),
     "TLS_KEY": ("", parse_path, "its key, where that is not in TLS_CERT"),
 }
 
 
-def parse_setting(key, text, before="", after=""):
-    """A setting's value, None where `text` is empty; `before` and `after` tell where it stands."""
+def parse_setting(key, text="", before="", after=""):
+    """A setting's value, its default where `text` is empty; `before` and `after` say where."""
+    default, parse, _ = SETTINGS[key]
     try:
-        return SETTINGS[key][1](text) if text else None
+        return parse(text or default) if text or default else None
     except ValueError:
-        raise Mistake("%sbad %s '%s'%s" % (before, key, escape(text), after))
+        raise Mistake("%sbad %s '%s'%s" % (before, key, escape(text), after), 2)
 
 
 def parse_settings_file(lines, path):
@@ -200,38 +194,36 @@ def parse_settings_file(lines, path):
     values = {}
     for number, line in enumerate(lines, 1):
         line, where = line.strip(), "%s:%d: " % (path, number)
+        key, equals, text = (part.strip() for part in line.partition("="))
         if not line or line.startswith("#"):
             continue
-        key, equals, text = (part.strip() for part in line.partition("="))
         if not equals:
-            raise Mistake("%sno '=' in '%s'" % (where, escape(line)))
+            raise Mistake("%sno '=' in '%s'" % (where, escape(line)), 2)
         if key not in SETTINGS:
-            raise Mistake("%sunknown setting '%s'" % (where, escape(key)))
+            raise Mistake("%sunknown setting '%s'" % (where, escape(key)), 2)
         if len(text) > 1 and text[0] in "'\"" and text[-1] == text[0]:
             text = text[1:-1]
-        values[key] = parse_setting(key, text, where)
+        values[key] = parse_setting(key, text, before=where)
     return values
 
 
 def read_settings(environ, options):
-    """All settings: options win over SERVER_UPDATE_* variables, these over the file."""
-    named = environ.get("SERVER_UPDATE_CONF")
-    path, values = named or CONF_FILE, {}
-    try:
-        with open(path, encoding="utf-8", errors="surrogateescape") as lines:
-            values = parse_settings_file(lines, path)
-    except OSError as error:
-        if named or not isinstance(error, FileNotFoundError):
-            raise Mistake("can't read settings file '%s': %s" % (path, error.strerror))
-    for key, (default, _, _) in SETTINGS.items():
-        variable, option = "SERVER_UPDATE_" + key, option_name(key)
-        for text, source in ((environ.get(variable), variable), (options.get(key), option)):
-            if text:
-                values[key] = parse_setting(key, text.strip(), after=" (set by %s)" % source)
-        if values.get(key) is None:
-            values[key] = parse_setting(key, default)
+    """{KEY: value}: options win over SERVER_UPDATE_* variables, these over the file."""
+    values = {key: parse_setting(key) for key in SETTINGS}
+    path = environ.get("SERVER_UPDATE_CONF") or CONF_FILE
+    if path != CONF_FILE or os.path.exists(path):
+        try:
+            with open(path, encoding="utf-8", errors="surrogateescape") as lines:
+                values.update(parse_settings_file(lines, path))
+        except OSError as error:
+            raise Mistake("can't read settings file '%s': %s" % (path, error.strerror), 2)
+    for key in SETTINGS:
+        for name, source in (("SERVER_UPDATE_" + key, environ), (option_name(key), options)):
+            if source.get(name):
+                values[key] = parse_setting(key, source[name].strip(),
+                                            after=" (set by %s)" % name)
     if values["TLS_KEY"] and not values["TLS_CERT"]:
-        raise Mistake("TLS_KEY is set, but TLS_CERT is not")
+        raise Mistake("TLS_KEY is set, but TLS_CERT is not", 2)
     return values
 
 
@@ -239,8 +231,7 @@ def option_name(key):
     return "--" + key.lower().replace("_", "-")
 
 
-# -- the records of a repository: pure functions, for the journal to apply -----------------------
-
+# -- the records of a repository: pure functions, for the journal to apply ------------------------
 class Record(NamedTuple):
     """One update; the first ten fields are what /status tells, times are seconds since 1970."""
 
@@ -254,8 +245,11 @@ class Record(NamedTuple):
     commit: Optional[str] = None
     previous: Optional[str] = None
     message: str = ""
-    tries: int = 0  # starts that the slave's own end may have interrupted
+    tries: int = 0  # starts of it, but for those that ended in a clean stop
     signed: int = 0  # the time in its signature
+
+
+PUBLIC_FIELDS = Record._fields[:10]
 
 
 class Records(NamedTuple):
@@ -269,18 +263,17 @@ class Records(NamedTuple):
         return self.ended + tuple(filter(None, (self.running, self.queued)))
 
     def find(self, update=0):
-        """The record of an update, or of the newer one that took its place; by default the newest."""
-        newer = [record for record in self.all() if record.update >= update]
-        return newer[0 if update else -1] if newer else None
+        """The record of an update, or of the newer one in its place; the newest where it is 0."""
+        found = [record for record in self.all() if record.update >= update]
+        return found[0 if update else -1] if found else None
 
 
 def accept(records, repo, ref, signed, now):
     """A signal: an update is queued, in place of one that is. Ids are ms since 1970, and grow."""
     newest = records.find()
     update = max(int(now * 1000), newest.update + 1 if newest else 1)
-    commit = newest.commit if newest else None
-    return records._replace(queued=Record(repo, update, ref, "queued", now, commit=commit,
-                                          signed=signed))
+    record = Record(repo, update, ref, "queued", now, signed=signed)
+    return records._replace(queued=record._replace(commit=newest and newest.commit))
 
 
 def start(records, live, now):
@@ -309,11 +302,6 @@ def interrupt(records, is_clean, now):
     return records._replace(queued=records.queued or again, running=None)
 
 
-def public(record):
-    """What /status tells of a record."""
-    return dict(zip(Record._fields[:10], record))
-
-
 def encode_records(records):
     """The file: the newest record's fields, and the others as "earlier"."""
     *earlier, newest = [record._asdict() for record in records.all()]
@@ -321,62 +309,47 @@ def encode_records(records):
 
 
 def decode_records(repo, data):
-    """The records in a file; ValueError where they are not such as encode_records writes."""
-    top = json.loads(data.decode("utf-8"))
-    earlier = top.get("earlier", []) if isinstance(top, dict) else None
-    if not isinstance(earlier, list):
-        raise ValueError("not a record")
-    found = [decode_record(repo, fields) for fields in earlier + [top]]
-    ended = tuple(record for record in found if record.state in ("live", "failed"))
-    one = {state: next((record for record in found if record.state == state), None)
-           for state in ("running", "queued")}
-    records = Records(ended, **one)
+    """What encode_records made; ValueError, TypeError or AttributeError for anything else."""
+    newest = json.loads(data.decode("utf-8"))
+    found = tuple(decode_record(repo, fields) for fields in newest.get("earlier", []) + [newest])
+    open_ones = {record.state: record for record in found if not record.finished}
+    records = Records(tuple(record for record in found if record.finished), **open_ones)
     ids = [record.update for record in found]
-    if records.all() != tuple(found) or any(a >= b for a, b in zip(ids, ids[1:])):
-        raise ValueError("records out of order")
+    if records.all() != found or ids != sorted(set(ids)):
+        raise ValueError("updates out of order")
     return records
 
 
 def decode_record(repo, fields):
-    """A Record from a JSON object; ValueError where a field is missing or can't be."""
-    def is_number(value):
-        return type(value) in (int, float) and 0 <= value < 1e15  # neither NaN nor true
-
-    checks = {
-        "repo": lambda value: value == repo,
-        "update": lambda value: type(value) is int and 0 < value < 1e15,
-        "ref": lambda value: value is None or isinstance(value, str) and is_ref(value),
-        "state": lambda value: value in ("queued", "running", "live", "failed"),
-        "requested": is_number, "tries": is_number, "signed": is_number,
-        "message": lambda value: isinstance(value, str),
-    }
-    for key in ("started", "finished"):
-        checks[key] = lambda value: value is None or is_number(value)
-    for key in ("commit", "previous"):
-        checks[key] = lambda value: value is None or HASH_RE.fullmatch(str(value))
-    if not isinstance(fields, dict):
-        raise ValueError("not a record")
-    fields = dict({"tries": 0, "signed": 0}, **fields)
-    for key, check in checks.items():
-        if key not in fields or not check(fields[key]):
-            raise ValueError("no good '%s'" % key)
-    return Record(**{key: fields[key] for key in checks})
+    """A Record; errors as above. What is missing that came later has its default."""
+    record = Record(**{key: fields[key] for key in Record._fields if key in fields})
+    times = [record.requested, record.started or 0, record.finished or 0]
+    numbers = times + [record.update, record.tries, record.signed]
+    hashes = [record.commit, record.previous]
+    is_ended = record.state in ("live", "failed")
+    if (record.repo != repo or not all(0 <= number < 1e15 for number in numbers)
+            or not is_ref(record.ref or "x") or not isinstance(record.message, str)
+            or not all(HASH_RE.fullmatch(commit) for commit in hashes if commit)
+            or not (is_ended if record.finished else record.state in ("queued", "running"))):
+        raise ValueError("not a record of an update")
+    return record._replace(update=int(record.update))
 
 
 class Journal:
-    """The records of all repositories. One thread writes: all that came meanwhile in one go.
+    """The records of all repositories, {repo: Records}, in memory and on disk.
 
-    `records` is {repo: Records}; only the writer changes it, so anybody may look without a lock.
+    One thread at a time writes: what all others have come with in the meantime in one go.
     """
 
     def __init__(self, folder):
         """Takes the folder for this process alone; OSError where that can't be."""
-        self.folder, self.records, self.changes = folder, {}, queue.SimpleQueue()
+        self.folder, self.records = folder, {}
+        self.changes, self.writing = [], threading.Lock()
         self.ended = threading.Condition()  # told after each change that must be kept
         self.folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         fcntl.flock(self.folder_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        with open(os.path.join(folder, "start.tmp"), "wb"):
-            os.unlink(os.path.join(folder, "start.tmp"))
+        with open(os.path.join(folder, "start.tmp"), "wb") as handle:
+            os.unlink(handle.name)
 
     def load(self):
         """Reads all records; a broken one is told of, kept aside, and stops nothing."""
@@ -387,9 +360,9 @@ class Journal:
             elif name.endswith(".json") and is_repo_name(repo):
                 try:
                     with open(path, "rb") as handle:
-                        self.records[repo] = decode_records(repo, handle.read(1 << 20))
-                except (OSError, ValueError, RecursionError) as error:
-                    log("%s is broken and kept aside as %s.json.broken: %s" % (path, repo, error))
+                        self.records[repo] = decode_records(repo, handle.read())
+                except Exception as error:  # whatever it is, it must not stop the others
+                    log("%s is broken, kept as %s.json.broken: %r" % (path, repo, error))
                     os.rename(path, path + ".broken")
 
     def commit(self, repo, function, *args, must_keep=False, **kwargs):
@@ -399,23 +372,19 @@ class Journal:
         what has happened in any case, it holds all the same and is written with the next change.
         """
         change = types.SimpleNamespace(
-            repo=repo, apply=lambda records: function(records, *args, **kwargs), result=None,
-            must_keep=must_keep, error=None, done=threading.Event())
-        self.changes.put(change)
-        change.done.wait()
+            repo=repo, apply=lambda records: function(records, *args, **kwargs),
+            must_keep=must_keep, result=None, error=None, is_done=False)
+        self.changes.append(change)
+        with self.writing:
+            if not change.is_done:  # else who held the lock before has written it with its own
+                changes, self.changes = self.changes, []
+                self.write(changes)
         if change.error:
             raise change.error
         return change.result
 
-    def write_forever(self):
-        while True:
-            changes = [self.changes.get()]
-            while not self.changes.empty():
-                changes.append(self.changes.get())
-            self.write(changes)
-
     def write(self, changes):
-        """Writes a batch of changes, each repository's file once, and wakes who waits for them."""
+        """Writes a batch of changes, each repository's file once."""
         after = self.apply(changes)
         try:
             for repo in after:
@@ -428,7 +397,7 @@ class Journal:
             after = self.apply([change for change in changes if change.must_keep])
         self.records.update(after)
         for change in changes:
-            change.done.set()
+            change.is_done = True
         if any(change.must_keep for change in changes):
             with self.ended:
                 self.ended.notify_all()
@@ -456,86 +425,71 @@ class Journal:
             raise
 
 
-# -- slave-activate ------------------------------------------------------------------------------
-
+# -- slave-activate -------------------------------------------------------------------------------
 def read_live_commit(tree):
     """The commit that is checked out in a clone, or None where its files do not say (reftable)."""
     git = os.path.join(tree, ".git")
     try:
-        with open(os.path.join(git, "HEAD"), encoding="ascii") as handle:
-            commit = handle.readline(MAX_LINE_BYTES).strip()
+        commit = read_line(os.path.join(git, "HEAD"))
         if commit.startswith("ref: "):
             ref = commit[len("ref: "):]
             try:
-                with open(os.path.join(git, ref), encoding="ascii") as handle:
-                    commit = handle.readline(MAX_LINE_BYTES).strip()
+                commit = read_line(os.path.join(git, ref))
             except FileNotFoundError:
-                with open(os.path.join(git, "packed-refs"), encoding="utf-8") as handle:
-                    commit = next((line.split()[0] for line in handle
-                                   if line.endswith(" %s\n" % ref)), "")
+                with open(os.path.join(git, "packed-refs"), encoding="utf-8") as lines:
+                    commit = "".join(line[:-len(ref) - 2] for line in lines
+                                     if line.endswith(" %s\n" % ref))
     except (OSError, ValueError):
         return None
     return commit if HASH_RE.fullmatch(commit) else None
+
+
+def read_line(path):
+    with open(path, encoding="ascii") as handle:
+        return handle.readline(MAX_LINE_BYTES).strip()
 
 
 class Activation:
     """One run of slave-activate, in a process group of its own; what it says is logged."""
 
     def __init__(self, command, environ, repo, ref):
-        self.repo, self.partial, self.is_eof = repo, b"", False
+        self.repo = repo
         self.said = {}  # {kind: the last line of that kind on stderr}
         self.stopped = None  # why it was made to end: "timeout" or "stop"
-        self.status = None  # exit status, or minus the number of the signal that ended it
         self.process = subprocess.Popen(
             [command, repo] + ([ref] if ref else []), env=environ, stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
-        os.set_blocking(self.process.stdout.fileno(), False)
-        os.set_blocking(self.process.stderr.fileno(), False)
+        self.reader = threading.Thread(target=self.log_stderr, daemon=True)
+        self.reader.start()
+
+    def log_stderr(self):
+        with self.process.stderr as lines:
+            for line in iter(functools.partial(lines.readline, MAX_OUTPUT_LINE_BYTES), b""):
+                text = line.decode("utf-8", "replace").rstrip()
+                if text:
+                    log("%s: %s" % (self.repo, text))
+                    kind = next(kind for kind in OUTPUT_KINDS if text.startswith(kind))
+                    self.said[kind] = text[len(kind):]
 
     def wait(self, timeout_s, stop):
         """Blocks until it has ended, by itself or, after `timeout_s` or event `stop`, by force.
 
-        Its own end counts, not that of its pipes, which a grandchild may hold open.
+        Its own end counts, not that of its pipes, which a grandchild may hold open. Returns what
+        it said on stdout; no more than a pipe takes, as nobody reads it before.
         """
         force_at = time.monotonic() + timeout_s
-        while not self.has_ended():
-            self.read_stderr(POLL_S)
+        while self.process.poll() is None:
             is_late = time.monotonic() >= force_at
             if is_late or (stop.is_set() and not self.stopped):
                 self.signal_group(signal.SIGKILL if self.stopped else signal.SIGTERM)
                 self.stopped = self.stopped or ("timeout" if is_late else "stop")
                 force_at = time.monotonic() + KILL_AFTER_S
-        for _ in range(MAX_OUTPUT_LINE_BYTES):  # a pipe's worth of it
-            self.read_stderr(0)
-        self.stdout = self.process.stdout.read(MAX_OUTPUT_LINE_BYTES) or b""
-
-    def has_ended(self):
-        """Whether it has ended; as a zombie it keeps the number of its process group."""
-        ended = os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        if ended:
-            is_exit = ended.si_code == os.CLD_EXITED
-            self.status = ended.si_status if is_exit else -ended.si_status
-        return bool(ended)
-
-    def read_stderr(self, timeout_s):
-        """Logs what there is, waiting for it `timeout_s` at most; False where there was nothing."""
-        if self.is_eof:
-            time.sleep(timeout_s / 4)
-            return False
-        if not select.select([self.process.stderr], [], [], timeout_s)[0]:
-            return False
-        data = os.read(self.process.stderr.fileno(), 1 << 16)
-        self.is_eof = not data
-        lines = (self.partial + (data or b"\n")).split(b"\n")
-        self.partial = lines.pop()
-        if len(self.partial) > MAX_OUTPUT_LINE_BYTES:
-            lines, self.partial = lines + [self.partial], b""
-        for line in filter(None, (line.rstrip() for line in lines)):
-            text = line[:MAX_OUTPUT_LINE_BYTES].decode("utf-8", "replace")
-            log("%s: %s" % (self.repo, text))
-            kind = next(kind for kind in OUTPUT_KINDS if text.startswith(kind))
-            self.said[kind] = text[len(kind):]
-        return True
+            time.sleep(POLL_S)
+        self.reader.join(POLL_S)
+        self.signal_group(signal.SIGTERM)
+        os.set_blocking(self.process.stdout.fileno(), False)
+        with self.process.stdout as stdout:
+            return stdout.read() or b""
 
     def signal_group(self, number):
         """Whether there was anything in the group to take the signal."""
@@ -546,16 +500,11 @@ class Activation:
         return True
 
     def clear_up(self):
-        """Ends what the run left in its group and reaps it; blocks 2 x LEFTOVER_S at most."""
-        self.signal_group(signal.SIGTERM)
-        self.process.wait()
-        give_up_at = time.monotonic() + 2 * LEFTOVER_S
+        """Ends what the run left in its group; blocks for LEFTOVER_S at most."""
+        give_up_at = time.monotonic() + LEFTOVER_S
         while self.signal_group(0) and time.monotonic() < give_up_at:
-            if time.monotonic() > give_up_at - LEFTOVER_S:
-                self.signal_group(signal.SIGKILL)
             time.sleep(POLL_S)
-        self.process.stdout.close()
-        self.process.stderr.close()
+        self.signal_group(signal.SIGKILL)
 
 
 def judge(repo, status, stdout, said, late_after_s=None):
@@ -580,63 +529,66 @@ def judge(repo, status, stdout, said, late_after_s=None):
     return {"state": "live", "message": message, "commit": commit, "previous": previous}
 
 
-# -- who may -------------------------------------------------------------------------------------
-
+# -- who may --------------------------------------------------------------------------------------
 class Guard:
-    """The shared secret, and the nonces that were taken with it; no secret: anybody may."""
+    """Who may ask for what: by signature, address and repository."""
 
-    def __init__(self, path):
-        """Mistake where the file is no good, or where a `path` is set and nothing is there."""
-        self.path, self.secrets = path or SECRET_FILE, []
-        self.lock, self.nonces = threading.Lock(), {}  # {time // MAX_CLOCK_DIFFERENCE_S: set}
+    def __init__(self, settings):
+        """Mistake where the secret file is no good, or where one is set and not there."""
+        self.settings, self.path = settings, settings["SECRET_FILE"] or SECRET_FILE
+        self.lock, self.nonces, self.secrets = threading.Lock(), {}, []  # {nonce: its time}
         try:
-            self.secrets = read_secrets(self.path)
+            if settings["SECRET_FILE"] or os.path.exists(self.path):
+                self.secrets = read_secrets(self.path)
         except ValueError as error:
-            raise Mistake(str(error))
+            raise Mistake(str(error), 2)
         except OSError as error:
-            if path or not isinstance(error, FileNotFoundError):
-                raise Mistake("can't read secret file '%s': %s" % (self.path, error.strerror))
+            raise Mistake("can't read secret file '%s': %s" % (self.path, error.strerror), 2)
 
-    def read_again(self):
-        """The secrets as the file has them now; where it is no good, they stay what they were."""
-        try:
-            self.secrets = read_secrets(self.path)
-        except (OSError, ValueError):
-            pass
-        return self.secrets
-
-    def check(self, values, method, target, now):
+    def check_signature(self, values, method, target, now):
         """The time in a request's signature, 0 where there is no secret; Refusal if it is no good.
 
         `values` are those of the header that signs. Whatever is wrong, the answer is the same;
         only who knows the secret is told of the clock.
         """
-        secrets = self.read_again()
-        if not secrets:
+        try:
+            self.secrets = read_secrets(self.path)
+        except (OSError, ValueError):
+            pass  # the secret that was good still is: it must never go away by accident
+        if not self.secrets:
             return 0
         match = SIGNATURE_RE.fullmatch(values[0]) if len(values) == 1 else None
         when, nonce, mac = match.groups() if match else ("0", "", "")
-        if not [secret for secret in secrets
-                if hmac.compare_digest(sign(secret, method, target, when, nonce), mac)]:
+        if not any(hmac.compare_digest(sign(secret, method, target, when, nonce), mac)
+                   for secret in self.secrets):
             raise Refusal(401, "signature missing or wrong")
-        when, off_by = int(when), abs(now - int(when))
-        if off_by > MAX_CLOCK_DIFFERENCE_S:
-            raise Refusal(401, "the clocks of master and slave are %d s apart" % off_by)
-        if not self.take_nonce(nonce, when, now):
-            raise Refusal(401, "signature missing or wrong")
-        return when
+        if abs(now - int(when)) > MAX_CLOCK_DIFFERENCE_S:
+            raise Refusal(401, "the clocks are %d s apart" % abs(now - int(when)))
+        self.take_nonce(bytes.fromhex(nonce), int(when), now)
+        return int(when)
 
     def take_nonce(self, nonce, when, now):
-        """False where it was taken before; it is remembered as long as `when` is near enough."""
+        """Refusal where it was taken before, as far back as signatures are not too old."""
         with self.lock:
-            oldest = (now - MAX_CLOCK_DIFFERENCE_S) // MAX_CLOCK_DIFFERENCE_S
-            self.nonces = {key: self.nonces[key] for key in self.nonces if key >= oldest}
-            if sum(map(len, self.nonces.values())) >= MAX_NONCES:
+            if len(self.nonces) >= MAX_NONCES:
+                oldest = now - MAX_CLOCK_DIFFERENCE_S
+                self.nonces = {key: self.nonces[key] for key in self.nonces
+                               if self.nonces[key] >= oldest}
+            if len(self.nonces) >= MAX_NONCES:
                 raise Refusal(503, "too many signed requests", RETRY_LATER)
-            nonces = self.nonces.setdefault(when // MAX_CLOCK_DIFFERENCE_S, set())
-            is_new = nonce not in nonces
-            nonces.add(nonce)
-            return is_new
+            if nonce in self.nonces:
+                raise Refusal(401, "signature missing or wrong")
+            self.nonces[nonce] = when
+
+    def check_address(self, text):
+        networks, address = self.settings["ALLOW_FROM"], ipaddress.ip_address(text.split("%")[0])
+        if networks and not any(address in network for network in networks):
+            raise Refusal(403, "not from this address")
+
+    def check_repo(self, repo):
+        globs = self.settings["ALLOW_REPOS"]
+        if globs and not any(fnmatch.fnmatchcase(repo, glob) for glob in globs):
+            raise Refusal(403, "not an allowed repository")
 
 
 def make_tls_context(cert, key):
@@ -648,12 +600,11 @@ def make_tls_context(cert, key):
     try:
         context.load_cert_chain(cert, key, password=lambda: "")  # it must never ask
     except (OSError, ValueError) as error:
-        raise Mistake("bad TLS_CERT '%s' or TLS_KEY '%s': %s" % (cert, key or cert, error))
+        raise Mistake("bad TLS_CERT '%s' or TLS_KEY '%s': %s" % (cert, key or cert, error), 2)
     return context
 
 
-# -- the slave -----------------------------------------------------------------------------------
-
+# -- the slave ------------------------------------------------------------------------------------
 class Slave:
     """Takes signals, runs the updates that they ask for, and knows how these ended."""
 
@@ -662,15 +613,13 @@ class Slave:
         self.lock, self.queued, self.running = threading.Lock(), {}, {}
         self.polls, self.stopping = threading.BoundedSemaphore(MAX_POLLS), threading.Event()
         self.signed_floor = 0  # what was signed up to then could be a replay
-        self.environ = dict(os.environ)
-        for key in ("BASE_URL", "REPOS_DIR", "HOOKS_DIR", "SUBMODULES"):
-            self.environ["SERVER_UPDATE_" + key] = settings[key]
+        self.environ = dict(os.environ, **{"SERVER_UPDATE_" + key: settings[key] for key in (
+            "BASE_URL", "REPOS_DIR", "HOOKS_DIR", "SUBMODULES")})
 
     def resume(self):
         """After a start: what was queued or running when the slave ended is queued again."""
         for repo, records in sorted(self.journal.records.items()):
-            signed = [self.signed_floor] + [record.signed for record in records.all()]
-            self.signed_floor = max(signed)
+            self.signed_floor = max([self.signed_floor] + [one.signed for one in records.all()])
             if records.running:
                 records = self.journal.commit(repo, interrupt, False, time.time(), must_keep=True)
             if records.queued:
@@ -678,7 +627,7 @@ class Slave:
                 self.queued[repo] = True
         self.start_queued()
 
-    def take_signal(self, repo, ref, signed):
+    def take_signal(self, repo, ref, signed, peer):
         """Queues an update; its record, which is on disk then, or a Refusal."""
         if self.stopping.is_set():
             raise Refusal(503, "this slave is stopping", RETRY_LATER)
@@ -690,6 +639,7 @@ class Slave:
             record = self.journal.commit(repo, accept, repo, ref, signed, time.time()).queued
         except OSError as error:
             raise Refusal(503, "can't record the update: %s" % error.strerror, RETRY_LATER)
+        log("%s: update %d was asked for by %s" % (repo, record.update, peer))
         with self.lock:
             self.queued[repo] = True
         self.start_queued()
@@ -698,16 +648,14 @@ class Slave:
     def start_queued(self):
         """Starts what has waited longest, as far as there is room; the rest stays queued."""
         with self.lock:
-            for repo in list(self.queued):
+            for repo in [repo for repo in self.queued if repo not in self.running]:
                 if len(self.running) >= MAX_RUNNING or self.stopping.is_set():
                     return
-                if repo in self.running:
-                    continue
                 thread = threading.Thread(target=self.run_update, args=(repo,), daemon=True)
                 try:
                     thread.start()
                 except RuntimeError:
-                    return  # no room for a thread: tried again soon
+                    return  # no room for a thread now; service_actions tries again
                 self.running[repo] = thread
                 del self.queued[repo]
 
@@ -715,8 +663,8 @@ class Slave:
         """Runs the queued update of a repository to its end; in a thread of its own."""
         try:
             if self.journal.records[repo].queued:
-                live = read_live_commit(self.tree(repo))
-                records = self.journal.commit(repo, start, live, time.time(), must_keep=True)
+                records = self.journal.commit(repo, start, read_live_commit(self.tree(repo)),
+                                              time.time(), must_keep=True)
                 self.activate(repo, records.running)
         finally:
             with self.lock:
@@ -725,30 +673,28 @@ class Slave:
 
     def activate(self, repo, record):
         """Runs slave-activate; how it ended is recorded before what it left is cleared up."""
-        log("%s: update %d starts%s" % (repo, record.update,
-                                        " with ref '%s'" % record.ref if record.ref else ""))
+        log("%s: update %d starts, ref %s" % (repo, record.update, record.ref or "not given"))
         try:
             run = Activation(self.command, self.environ, repo, record.ref)
         except OSError as error:
             self.end_update(repo, {"state": "failed", "message": "can't run %s" % error})
             return
-        try:
-            run.wait(self.settings["TIMEOUT"], self.stopping)
-            if run.stopped == "stop" and run.status != 0:
-                self.journal.commit(repo, interrupt, True, time.time(), must_keep=True)
-                log("%s: update %d stopped, to be taken up again" % (repo, record.update))
-            else:
-                late_after_s = self.settings["TIMEOUT"] if run.stopped == "timeout" else None
-                self.end_update(repo, judge(repo, run.status, run.stdout, run.said, late_after_s))
-        finally:
-            run.clear_up()
+        timeout_s = self.settings["TIMEOUT"]
+        stdout = run.wait(timeout_s, self.stopping)
+        if run.stopped == "stop" and run.process.returncode != 0:
+            self.journal.commit(repo, interrupt, True, time.time(), must_keep=True)
+            log("%s: update %d stopped, to be taken up again" % (repo, record.update))
+        else:
+            self.end_update(repo, judge(repo, run.process.returncode, stdout, run.said,
+                                        timeout_s if run.stopped == "timeout" else None))
+        run.clear_up()
 
     def end_update(self, repo, changes):
         """Records how an update ended, and says so in the log."""
         if changes["state"] == "failed":
             changes["commit"] = read_live_commit(self.tree(repo))
         done = self.journal.commit(repo, finish, time.time(), must_keep=True, **changes).ended[-1]
-        log("%s: update %d %s after %.1f s at %s%s" % (
+        log("%s: update %d %s after %.1f s, live is %s%s" % (
             repo, done.update, done.state, done.finished - done.started, done.commit or "nothing",
             ": " + done.message if done.message else ""))
 
@@ -765,8 +711,8 @@ class Slave:
     def tree(self, repo):
         return os.path.join(self.settings["REPOS_DIR"], repo)
 
-    def status(self, repo, update=0, wait_s=0):
-        """What /status tells of an update; blocks for `wait_s` at most while that has not ended."""
+    def find(self, repo, update=0, wait_s=0):
+        """The record that answers for an update; waits `wait_s` at most until it has ended."""
         def look():
             return self.journal.records.get(repo, Records()).find(update)
 
@@ -775,42 +721,31 @@ class Slave:
             return not record or record.finished or self.stopping.is_set()
 
         if wait_s and not is_over() and self.polls.acquire(blocking=False):
-            try:
-                with self.journal.ended:
-                    self.journal.ended.wait_for(is_over, wait_s)
-            finally:
-                self.polls.release()
-        return self.tell(look())
+            with self.journal.ended:
+                self.journal.ended.wait_for(is_over, wait_s)
+            self.polls.release()
+        return look()
 
     def tell(self, record):
         """A record for /status; the newest one tells what is live now, whoever made it so."""
-        if not record:
-            raise Refusal(404, "no such update was asked for here")
         if record is self.journal.records[record.repo].find():
             live = read_live_commit(self.tree(record.repo))
             if live or not os.path.exists(self.tree(record.repo)):
                 record = record._replace(commit=live)
-        return public(record)
+        return dict(zip(PUBLIC_FIELDS, record))
 
 
-# -- connections ---------------------------------------------------------------------------------
-
+# -- connections ----------------------------------------------------------------------------------
 def parse_query(query):
     """{name: value} of the parameters that mean something here; Refusal where they can't be."""
-    values = {}
-    for part in query.split("&"):
-        name, _, text = part.partition("=")
+    checks, values = {"repo": is_repo_name, "ref": is_ref}, {}
+    for name, _, text in (part.partition("=") for part in query.split("&")):
         if name not in ("repo", "ref", "update", "wait"):
             continue  # a URL in the master's list may have a query of its own
         if name in values:
             raise Refusal(400, "'%s' is given twice" % name)
-        try:
-            values[name] = unquote(text, errors="strict")
-        except ValueError:
-            raise Refusal(400, "'%s' is not UTF-8" % name)
-        is_good = {"repo": is_repo_name, "ref": is_ref}.get(
-            name, functools.partial(re.fullmatch, "[0-9]{1,15}"))
-        if not is_good(values[name]):
+        values[name] = unquote(text, errors="replace")  # U+FFFD is printable, hence:
+        if "\ufffd" in values[name] or not checks.get(name, NUMBER_RE.fullmatch)(values[name]):
             raise Refusal(400, "bad '%s'" % name)
     return values
 
@@ -830,11 +765,14 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         if self.server.tls:
             self.request = self.server.tls.wrap_socket(self.request, server_side=True,
                                                        do_handshake_on_connect=False)
-            self.server.note(self.accepted, self.request, is_waiting=True)
+            self.note_waiting()
             self.request.settimeout(HEADER_TIMEOUT_S)
             self.request.do_handshake()
         super().setup()
         self.input = self.rfile
+
+    def note_waiting(self, is_waiting=True):
+        self.server.note(self.accepted, self.request, is_waiting)
 
     def finish(self):
         super().finish()
@@ -842,39 +780,43 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
     def handle_one_request(self):
         """Reads one request and answers it."""
-        self.close_connection = is_unread = True
+        self.close_connection = has_more = True
         self.requestline = self.request_version = self.command = ""
+        self.note_waiting()
         try:
-            self.server.note(self.accepted, self.request, is_waiting=True)
             if not self.read_head() or not self.parse_request():
                 return
-            self.server.note(self.accepted, self.request, is_waiting=False)
-            is_unread = "Content-Length" in self.headers or "Transfer-Encoding" in self.headers
-            if is_unread or self.request_version == "HTTP/1.0" or self.server.is_stopping():
-                self.close_connection = True
+            self.note_waiting(False)
+            has_more = "Content-Length" in self.headers or "Transfer-Encoding" in self.headers
+            self.close_connection |= (has_more or self.request_version == "HTTP/1.0"
+                                      or self.server.slave.stopping.is_set())
             self.answer()
         except Refusal as refusal:
+            status, text, *headers = refusal.args
             self.server.log_refusal("refused with %d from %s: %s: %s" % (
-                refusal.status, self.client_address[0], refusal, self.requestline[:200]))
-            headers = refusal.headers
-            if refusal.status == 401:
-                headers = (("WWW-Authenticate", "server-update-1"),)
-            self.send_json(refusal.status, {"error": str(refusal)}, headers)
+                status, self.client_address[0], text, self.requestline[:200]))
+            self.send_json(status, {"error": text}, *headers)
         self.wfile.flush()
-        if is_unread:
-            self.drop_body()
+        if has_more:
+            self.drop_rest()
 
     def read_head(self):
         """Reads a whole header, for parse_request; False where the peer leaves before its end."""
-        lines, size = [], 0
+        lines, left = [], MAX_LINE_BYTES + MAX_HEADER_BYTES
         while not lines or lines[-1].strip(b"\r\n"):
             lines.append(self.input.readline(MAX_LINE_BYTES + 1))
-            size += len(lines[-1])
-            if len(lines[-1]) > MAX_LINE_BYTES or size > MAX_LINE_BYTES + MAX_HEADER_BYTES:
-                raise Refusal(*(414, "request line too long") if len(lines) == 1 else
-                              (431, "request header too long"))
+            left -= len(lines[-1])
+            if len(lines[-1]) > MAX_LINE_BYTES or left < 0:
+                raise Refusal(414 if len(lines) == 1 else 431, "request line or header too long")
         self.raw_requestline, self.rfile = lines[0], io.BytesIO(b"".join(lines[1:]))
         return lines[-1] != b""
+
+    def drop_rest(self):
+        """Reads some of what nobody wants, as closing at once could take back the answer."""
+        self.note_waiting()
+        socket.socket.shutdown(self.request, socket.SHUT_WR)
+        self.request.settimeout(1)
+        self.input.read(MAX_BODY_BYTES)
 
     def send_error(self, code, message=None, explain=None):
         """What http.server itself refuses; its messages quote the request, so they go nowhere."""
@@ -886,74 +828,63 @@ class Handler(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *args):
         pass  # see log()
 
-    def drop_body(self):
-        """Reads some of what nobody wants, as closing at once could take back the answer."""
-        self.server.note(self.accepted, self.request, is_waiting=True)
-        socket.socket.shutdown(self.request, socket.SHUT_WR)
-        self.request.settimeout(1)
-        self.input.read(MAX_BODY_BYTES)
-
     def answer(self):
         """Answers the request that parse_request has read; Refusal where there is no answer."""
-        self.server.check_address(self.client_address[0])
+        guard = self.server.guard
+        guard.check_address(self.client_address[0])
         if self.command not in ("GET", "HEAD"):
-            raise Refusal(405, "only GET and HEAD", (("Allow", "GET, HEAD"),))
+            raise Refusal(405, "only GET and HEAD", ("Allow", "GET, HEAD"))
         target = self.requestline.split()[1]  # as it was sent and signed
         path, _, query = re.sub("^https?://[^/?]*", "", target, flags=re.I).partition("?")
         if path == "/healthz":
-            self.send_bytes(200, b"ok\n", "text/plain")
-            return
+            return self.send_text("ok")
         values = parse_query(query)
-        is_front = path in ("", "/") and "repo" not in values
-        signed = 0 if is_front else self.server.guard.check(
-            self.headers.get_all("X-Server-Update-Signature", []), self.command, target,
-            time.time())
-        self.server.check_repo(values.get("repo"))
-        if is_front:
-            self.answer_front()
-        elif path in ("", "/", "/get", "/get/"):
-            self.answer_signal(values, signed)
-        elif path == "/status":
-            self.answer_status(values)
-        else:
-            raise Refusal(404, "no such path")
+        if path in ("", "/") and "repo" not in values:
+            return self.answer_front() if self.server.served_file else self.send_text(
+                "a server-update slave: /?repo=NAME starts an update, /status tells what is live")
+        signed = guard.check_signature(self.headers.get_all("X-Server-Update-Signature", []),
+                                       self.command, target, time.time())
+        if "repo" in values:
+            guard.check_repo(values["repo"])
+        if path in ("", "/", "/get", "/get/"):
+            return self.answer_signal(values, signed)
+        if path == "/status":
+            return self.answer_status(values)
+        raise Refusal(404, "no such path")
 
     def answer_signal(self, values, signed):
         if self.command != "GET":
-            raise Refusal(405, "only GET starts an update", (("Allow", "GET"),))
+            raise Refusal(405, "only GET starts an update", ("Allow", "GET"))
         if "repo" not in values:
             raise Refusal(400, "no 'repo'")
-        record = self.server.slave.take_signal(values["repo"], values.get("ref"), signed)
-        log("%s: update %d was asked for by %s" % (record.repo, record.update,
-                                                   self.client_address[0]))
+        record = self.server.slave.take_signal(values["repo"], values.get("ref"), signed,
+                                               self.client_address[0])
         location = "/status?repo=%s&update=%d" % (record.repo, record.update)
-        self.send_json(202, {key: getattr(record, key) for key in
-                             ("repo", "update", "state", "ref")}, (("Location", location),))
+        self.send_json(202, {"repo": record.repo, "update": record.update, "state": record.state,
+                             "ref": record.ref}, ("Location", location))
 
     def answer_status(self, values):
-        slave, update, wait_s = self.server.slave, values.get("update", 0), values.get("wait", 0)
-        if "repo" in values:
-            told = slave.status(values["repo"], int(update), min(int(wait_s), MAX_WAIT_S))
-        elif update:
-            raise Refusal(400, "'update' without 'repo'")
-        else:
-            told = {"version": VERSION, "repos": {
-                repo: slave.status(repo) for repo in sorted(slave.journal.records.copy())}}
-        self.send_json(200, told)
+        """Says how one update ended, maybe once it has, or how the newest of each repository."""
+        slave, update = self.server.slave, int(values.get("update", 0))
+        if "repo" not in values:
+            newest = [slave.find(repo) for repo in sorted(slave.journal.records.copy())]
+            return self.send_json(200, {"version": VERSION, "repos": {
+                record.repo: slave.tell(record) for record in newest}})
+        wait_s = min(int(values.get("wait", 0)), MAX_WAIT_S)
+        record = slave.find(values["repo"], update, wait_s)
+        if not record:
+            raise Refusal(404, "no such update was asked for here")
+        return self.send_json(200, slave.tell(record))
 
     def answer_front(self):
-        """Sends the served file, as it is now, or a word on what this is."""
+        """Sends the served file, as it is now."""
         path = self.server.served_file
-        if not path:
-            self.send_bytes(200, b"This is a server-update slave: /?repo=NAME starts an update, "
-                            b"/status tells what is live.\n", "text/plain")
-            return
         if not os.path.isfile(path):
             raise Refusal(404, "the served file does not exist now")
         if not os.access(path, os.R_OK):
             raise Refusal(403, "the served file may not be read by the slave's user")
         self.close_connection = True  # should the file grow, what is too much is not read
-        self.server.note(self.accepted, self.request, is_waiting=True)
+        self.note_waiting()
         handle = self.send_head()
         if handle:
             with handle:
@@ -966,13 +897,16 @@ class Handler(http.server.SimpleHTTPRequestHandler):
     def list_directory(self, path):
         self.send_error(404)
 
-    def send_json(self, status, value, headers=()):
-        self.send_bytes(status, json.dumps(value).encode("ascii") + b"\n", headers=headers)
+    def send_text(self, text):
+        self.send_bytes(200, text.encode("ascii") + b"\n", ("Content-Type", "text/plain"))
 
-    def send_bytes(self, status, body, content_type="application/json", headers=()):
+    def send_json(self, status, value, *headers):
+        self.send_bytes(status, json.dumps(value).encode("ascii") + b"\n",
+                        ("Content-Type", "application/json"), *headers)
+
+    def send_bytes(self, status, body, *headers):
         self.send_response(status)
-        for name, value in (("Content-Type", content_type),
-                            ("Content-Length", str(len(body)))) + headers:
+        for name, value in (("Content-Length", str(len(body))),) + headers:
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
@@ -987,70 +921,53 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Accepts connections; of those too many the one that has waited longest for its peer ends.
-
-    Nothing here looks up a name.
-    """
+    """Accepts connections; of too many the one that has waited longest for its peer gives way."""
 
     daemon_threads = True
     allow_reuse_port = False  # a second slave on the same port is a mistake
     request_queue_size = 1024
+    address_family = socket.AF_INET6 if os.path.exists("/proc/net/if_inet6") else socket.AF_INET
 
-    def __init__(self, slave, guard, served_file, max_connections):
+    def __init__(self, slave, guard, served_file):
         """Listens as the settings say; OSError where it can't, Mistake for a bad certificate."""
         self.slave, self.guard, self.served_file = slave, guard, served_file
-        self.max_connections, self.lock = max_connections, threading.Lock()
-        self.connections = {}  # {accepted socket: (the socket now in use, it waits since or None)}
-        self.second, self.refusals = 0, 0
-        self.settings = slave.settings
+        self.connections = {}  # {accepted socket: (the socket now in use, waits since or None)}
+        self.lock, self.second, self.refusals = threading.Lock(), 0, 0
         self.read_certificate()
-        bind, port = self.settings["BIND"], self.settings["PORT"]
-        self.address_family = socket.AF_INET6 if ":" in (bind or ":") else socket.AF_INET
-        handler = functools.partial(Handler, directory="/")
-        try:
-            super().__init__((bind or "::", port), handler)
-        except OSError as error:
-            if bind or error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
-                raise
-            self.address_family = socket.AF_INET  # a machine without IPv6
-            super().__init__(("", port), handler)
-
-    def read_certificate(self):
-        self.tls = make_tls_context(self.settings["TLS_CERT"], self.settings["TLS_KEY"])
+        bind = slave.settings["BIND"] or ("::" if self.address_family == socket.AF_INET6 else "")
+        self.address_family = socket.AF_INET6 if ":" in bind else socket.AF_INET
+        super().__init__((bind, slave.settings["PORT"]), functools.partial(Handler, directory="/"))
 
     def server_bind(self):
-        if self.address_family == socket.AF_INET6 and not self.settings["BIND"]:
-            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        socketserver.TCPServer.server_bind(self)  # not HTTPServer's, which asks for host names
+        if self.server_address[0] == "::":
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)  # IPv4 as well
+        socketserver.TCPServer.server_bind(self)  # HTTPServer's would look up a name
 
-    def is_stopping(self):
-        return self.slave.stopping.is_set()
+    def read_certificate(self):
+        settings = self.slave.settings
+        self.tls = make_tls_context(settings["TLS_CERT"], settings["TLS_KEY"])
 
     def service_actions(self):
         """Called twice a second at least: ends connections that are late, starts what waits."""
-        late = time.monotonic() - HEADER_TIMEOUT_S
         with self.lock:
             for accepted, (_, since) in list(self.connections.items()):
-                if since and since < late:
+                if since and since < time.monotonic() - HEADER_TIMEOUT_S:
                     self.drop(accepted)
         self.slave.start_queued()
 
     def process_request(self, request, client_address):
-        """Has a new connection served in a thread of its own, where need be in place of another."""
+        """Has a new connection served in a thread of its own; where need be another one ends."""
         with self.lock:
-            waiting = {accepted: since for accepted, (_, since) in self.connections.items() if since}
-            is_full = len(self.connections) >= self.max_connections
-            if is_full and waiting:
-                self.drop(min(waiting, key=waiting.get))
-            if waiting or not is_full:
-                self.connections[request] = (request, time.monotonic())
-        if waiting or not is_full:
-            super().process_request(request, client_address)
-        else:
-            self.shutdown_request(request)
+            waiting = [(since, accepted.fileno(), accepted) for accepted, (_, since)
+                       in self.connections.items() if since]
+            if len(self.connections) >= MAX_CONNECTIONS and waiting:
+                self.drop(min(waiting)[-1])
+            self.connections[request] = (request, time.monotonic())
+        peer = client_address[0].replace(IPV4_IN_IPV6, "")
+        super().process_request(request, (peer, client_address[1]))
 
     def note(self, accepted, current, is_waiting):
-        """A connection waits for its peer from now on, through socket `current`, or does not."""
+        """A connection waits for its peer from now on, by way of socket `current`, or does not."""
         with self.lock:
             if accepted in self.connections:
                 self.connections[accepted] = (current, time.monotonic() if is_waiting else None)
@@ -1079,33 +996,16 @@ class Server(http.server.ThreadingHTTPServer):
     def log_refusal(self, text):
         """Logs MAX_REFUSALS_LOGGED lines a second, then only how many more there were."""
         with self.lock:
-            left_out = 0
             if self.second != int(time.time()):
-                left_out = self.refusals - MAX_REFUSALS_LOGGED
+                if self.refusals > MAX_REFUSALS_LOGGED:
+                    log("%d more requests refused" % (self.refusals - MAX_REFUSALS_LOGGED))
                 self.second, self.refusals = int(time.time()), 0
             self.refusals += 1
-            is_told = self.refusals <= MAX_REFUSALS_LOGGED
-        if left_out > 0:
-            log("%d more requests refused before" % left_out)
-        if is_told:
-            log(text)
-
-    def check_address(self, text):
-        """Refusal where ALLOW_FROM does not name the address; IPv4 may come in IPv6's clothes."""
-        address, networks = ipaddress.ip_address(text.partition("%")[0]), self.settings["ALLOW_FROM"]
-        forms = (address, getattr(address, "ipv4_mapped", None) or address)
-        if networks and not any(form in network for form in forms for network in networks):
-            raise Refusal(403, "not from this address")
-
-    def check_repo(self, repo):
-        globs = self.settings["ALLOW_REPOS"]
-        if repo and globs and not any(fnmatch.fnmatchcase(repo, glob)
-                                      for glob in globs.replace(",", " ").split()):
-            raise Refusal(403, "not an allowed repository")
+            if self.refusals <= MAX_REFUSALS_LOGGED:
+                log(text)
 
 
-# -- the start -----------------------------------------------------------------------------------
-
+# -- the start ------------------------------------------------------------------------------------
 def find_slave_activate():
     """The path of slave-activate: on PATH, beside this file, or in /bin."""
     beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "slave-activate")
@@ -1129,26 +1029,15 @@ def open_journal(repos_dir):
 
 def open_server(slave, guard, served_file):
     try:
-        return Server(slave, guard, served_file, raise_file_limit())
+        return Server(slave, guard, served_file)
     except OSError as error:
-        bind = slave.settings["BIND"]
-        raise Mistake("can't listen on port %d%s: %s (see PORT and BIND)" % (
-            slave.settings["PORT"], " of " + bind if bind else "", error.strerror), 1)
-
-
-def raise_file_limit():
-    """Makes room for open files; returns how many connections there is room for."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MAX_CONNECTIONS + 128
-    if soft < wanted:
-        soft = min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return max(8, min(MAX_CONNECTIONS, soft - 128))
+        raise Mistake("can't listen on port %d of %s: %s (see PORT and BIND)" % (
+            slave.settings["PORT"], slave.settings["BIND"] or "any address", error.strerror), 1)
 
 
 def serve(server):
     """Serves until SIGTERM or SIGINT, and then until no update runs."""
-    signals, settings = queue.SimpleQueue(), server.settings
+    signals, settings = queue.SimpleQueue(), server.slave.settings
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda number, frame: signals.put(number))
     server.slave.resume()
@@ -1162,7 +1051,7 @@ def serve(server):
             server.read_certificate()
             log("the TLS certificate is read again (SIGHUP)")
         except Mistake as mistake:
-            log("the TLS certificate stays as it was (SIGHUP): %s" % mistake)
+            log("the TLS certificate stays as it was (SIGHUP): %s" % mistake.args[0])
     log("stopping")
     server.slave.stop()
     server.shutdown()
@@ -1172,24 +1061,22 @@ def serve(server):
 def run(options):
     """Starts all parts and blocks until the slave is to end; Mistake where it can't start."""
     settings = read_settings(os.environ, options)
-    guard = Guard(settings["SECRET_FILE"])
+    guard, command = Guard(settings), find_slave_activate()
     served_file = options["FILE"] and os.path.abspath(options["FILE"])
     if served_file and os.path.isdir(served_file):
-        raise Mistake("'%s' is a folder, not a file to serve" % served_file)
-    command = find_slave_activate()
+        raise Mistake("'%s' is a folder, not a file to serve" % served_file, 2)
+    threading.stack_size(512 * 1024)
+    slave = Slave(settings, command, open_journal(settings["REPOS_DIR"]))
+    server = open_server(slave, guard, served_file)
     if not guard.secrets:
         log("no secret: who can reach the port can have repositories of %s updated here; to "
             "change that, put one into %s" % (settings["BASE_URL"], guard.path))
-    threading.stack_size(512 * 1024)
-    journal = open_journal(settings["REPOS_DIR"])
-    server = open_server(Slave(settings, command, journal), guard, served_file)
-    journal.load()
-    threading.Thread(target=journal.write_forever, daemon=True).start()
+    slave.journal.load()
     serve(server)
 
 
 def parse_args(argv):
-    """{setting or "FILE": text or None}."""
+    """{option or "FILE": text or None}."""
     about, _, more = __doc__.partition("\n\n")
     parser = argparse.ArgumentParser(
         prog="slave.py", usage="slave.py [options] [FILE]", allow_abbrev=False,
@@ -1197,7 +1084,8 @@ def parse_args(argv):
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("FILE", nargs="?", help="serve this file at /")
     for key, (default, _, text) in SETTINGS.items():
-        parser.add_argument(option_name(key), dest=key, metavar=key,
+        name = option_name(key)
+        parser.add_argument(name, dest=name, metavar=key,
                             help=text + (" (%s)" % default if default else ""))
     parser.add_argument("--version", action="version", version="slave.py " + VERSION)
     return vars(parser.parse_args(argv))
@@ -1207,8 +1095,8 @@ def main(argv=None):
     try:
         run(parse_args(argv))
     except Mistake as mistake:
-        print("slave.py: %s" % mistake, file=sys.stderr)
-        return mistake.status
+        print("slave.py: %s" % mistake.args[0], file=sys.stderr)
+        return mistake.args[1]
     return 0
 
 
