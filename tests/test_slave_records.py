@@ -1,0 +1,540 @@
+"""The pure core of slave.py: records, what a run's end means, settings, queries, signatures."""
+
+import json
+import random
+import subprocess
+
+import pytest
+from conftest import load
+
+slave = load("slave.py")
+ONE, TWO = "1" * 40, "2" * 64
+SECRET = b"0123456789abcdef0123456789abcdef"
+# Computed by hand: printf 'server-update-1\nGET\n...' | openssl dgst -sha256 -hmac SECRET
+VECTORS = [
+    (
+        SECRET,
+        "GET",
+        "/?repo=hanuman",
+        "1700000000",
+        "000102030405060708090a0b0c0d0e0f",
+        "5ee9a3ad3913d570dc38247d15d0e6903751639d96b47bf391ba93a89e1dbb06",
+    ),
+    (
+        SECRET,
+        "GET",
+        "/status?repo=hanuman&update=1700000000123&wait=20",
+        "1700000060",
+        "f0e0d0c0b0a090807060504030201000",
+        "ea19a56dc89991581286d6924175c0bdbeefbbddbed386ced1bec6714743262e",
+    ),
+    (
+        SECRET,
+        "HEAD",
+        "/status",
+        "1799999999",
+        "f" * 32,
+        "9332a7eab5521f80586b0d120b02e16fb3823227f76ade37135c5a0ad2f4cc3e",
+    ),
+    (
+        b"correct horse battery staple",
+        "GET",
+        "/get/?repo=hanuman&ref=feature%2Fx",
+        "1700000000",
+        "00112233445566778899aabbccddeeff",
+        "8970acd65659812544709ef30adfa9fe3f196d9ad70c4eae3924ba8d41116bc5",
+    ),
+]
+
+
+def accepted(records=None, ref=None, now=1000.0):
+    return slave.accept(records or slave.Records(), "hanuman", ref, 0, now)
+
+
+# -- the records of a repository
+
+
+def test_accept_start_finish():
+    records = slave.start(accepted(ref="v1"), ONE, 1001.0)
+    assert (records.running.state, records.running.tries) == ("running", 1)
+    assert records.running.commit == records.running.previous == ONE
+    records = slave.finish(records, 1002.0, state="live", message="", commit=TWO, previous=ONE)
+    assert records.find() == slave.Record(
+        "hanuman", 1000000, "v1", "live", 1000.0, 1001.0, 1002.0, TWO, ONE, "", 1, 0
+    )
+
+
+def test_ids_grow_although_the_clock_does_not():
+    records = accepted(now=1000.0)
+    assert records.queued.update == 1000000
+    assert accepted(records, now=1000.0).queued.update == 1000001
+    assert accepted(records, now=1.0).queued.update == 1000001
+    assert accepted(records, now=2000.0).queued.update == 2000000
+
+
+def test_a_later_signal_takes_the_place_of_the_queued_one():
+    records = slave.start(accepted(ref="v1"), None, 1001.0)
+    records = accepted(accepted(records, "v2", 1002.0), "v3", 1003.0)
+    assert [(one.state, one.ref) for one in records.all()] == [("running", "v1"), ("queued", "v3")]
+    assert records.find(1002000) == records.queued, "who asked for v2 hears of v3"
+    assert records.find(1000000) == records.running
+    assert records.find(1003001) is None
+    assert slave.Records().find() is None
+
+
+def test_only_so_many_ended_updates_are_remembered():
+    records = slave.Records()
+    for number in range(25):
+        records = slave.start(accepted(records, now=number + 1.0), None, number + 1.5)
+        records = slave.finish(records, number + 1.7, state="live", message="")
+    assert len(records.all()) == slave.MAX_ENDED
+    assert records.find().update == 25000
+    assert records.find(1).update == 16000, "an older one is answered for by a newer one"
+
+
+def test_interrupted_three_times_is_failed():
+    records = accepted()
+    for _ in range(2):
+        records = slave.interrupt(slave.start(records, ONE, 1001.0), False, 1002.0)
+        assert records.queued and not records.running
+    records = slave.interrupt(slave.start(records, ONE, 1001.0), False, 1002.0)
+    assert records.find().state == "failed"
+    assert records.find().message.startswith("interrupted three times")
+    assert records.find().commit == ONE
+
+
+def test_a_clean_stop_is_no_try():
+    records = accepted()
+    for _ in range(5):
+        records = slave.interrupt(slave.start(records, None, 1001.0), True, 1002.0)
+    assert (records.queued.tries, records.queued.started) == (0, None)
+
+
+def test_a_newer_queued_update_takes_the_place_of_an_interrupted_one():
+    records = accepted(slave.start(accepted(ref="old"), None, 1001.0), "new", 1002.0)
+    records = slave.interrupt(records, False, 1003.0)
+    assert [one.ref for one in records.all()] == ["new"]
+
+
+def test_records_survive_the_file():
+    records = slave.finish(
+        slave.start(accepted(), ONE, 1001.0), 1002.0, state="failed", message="é"
+    )
+    records = accepted(slave.start(accepted(records, "v1", 1003.0), ONE, 1004.0), None, 1005.0)
+    data = slave.encode_records(records)
+    assert slave.decode_records("hanuman", data) == records
+    assert list(json.loads(data.decode()))[:10] == list(slave.PUBLIC_FIELDS)
+
+
+def test_a_hand_made_file_with_the_ten_fields_alone_is_read():
+    fields = dict(
+        zip(
+            slave.PUBLIC_FIELDS,
+            slave.finish(
+                slave.start(accepted(), ONE, 1001.0), 1002.0, state="live", message=""
+            ).find(),
+        )
+    )
+    records = slave.decode_records("hanuman", json.dumps(fields).encode())
+    assert (records.find().state, records.find().tries) == ("live", 0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"repo": "other"},
+        {"update": "1"},
+        {"update": -1},
+        {"update": float("nan")},
+        {"update": 10**30},
+        {"ref": "-x"},
+        {"ref": 3},
+        {"state": "done"},
+        {"state": "queued"},
+        {"requested": None},
+        {"finished": "x"},
+        {"finished": None},
+        {"commit": "xyz"},
+        {"commit": 1},
+        {"message": None},
+        {"tries": "1"},
+        {"earlier": {}},
+        {"earlier": [1]},
+        {"earlier": ["same"]},
+    ],
+)
+def test_no_record_with_a_wrong_value(change):
+    fields = json.loads(
+        slave.encode_records(
+            slave.finish(slave.start(accepted(), ONE, 1001.0), 1002.0, state="live", message="")
+        ).decode()
+    )
+    slave.decode_records("hanuman", json.dumps(fields).encode())
+    if change.get("earlier") == ["same"]:
+        change = {"earlier": [dict(fields, earlier=[])]}
+    with pytest.raises((ValueError, TypeError, AttributeError)):
+        slave.decode_records("hanuman", json.dumps(dict(fields, **change)).encode())
+
+
+def test_two_queued_updates_are_no_records():
+    fields = json.loads(slave.encode_records(accepted()).decode())
+    earlier = [dict(fields, update=1)]
+    with pytest.raises(ValueError):
+        slave.decode_records("hanuman", json.dumps(dict(fields, earlier=earlier)).encode())
+
+
+def test_no_garbage_gets_past_decode():
+    data = slave.encode_records(slave.start(accepted(), ONE, 1001.0))
+    good = slave.decode_records("hanuman", data)
+    dice = random.Random(4)
+    for length in range(len(data) - 2):
+        with pytest.raises((ValueError, TypeError, AttributeError)):
+            slave.decode_records("hanuman", data[:length])
+    for _ in range(2000):
+        torn = bytearray(data)
+        torn[dice.randrange(len(data))] = dice.randrange(256)
+        try:
+            found = slave.decode_records("hanuman", bytes(torn))
+        except (ValueError, TypeError, AttributeError):
+            continue
+        assert found.running and found.running.repo == good.running.repo
+
+
+# -- what the end of a run means
+
+LIVE = ("hanuman %s %s\n" % (TWO, ONE)).encode()
+
+
+@pytest.mark.parametrize(
+    "status, stdout, said, late, state, message",
+    [
+        (0, LIVE, {}, None, "live", ""),
+        (0, LIVE, {"": "chatter"}, None, "live", ""),
+        (0, b"", {"": "x"}, None, "failed", "slave-activate did not say which commit is live"),
+        (
+            0,
+            LIVE + b"more\n",
+            {},
+            None,
+            "failed",
+            "slave-activate did not say which commit is live",
+        ),
+        (
+            0,
+            LIVE.replace(b"hanuman", b"other"),
+            {},
+            None,
+            "failed",
+            "slave-activate did not say which commit is live",
+        ),
+        (
+            3,
+            LIVE,
+            {"slave-activate: ": "the post-update hook failed"},
+            None,
+            "live",
+            "the post-update hook failed",
+        ),
+        (1, LIVE, {"slave-activate: ": "no"}, None, "failed", "no"),
+        (1, b"", {"fatal: ": "a", "error: ": "b", "": "c"}, None, "failed", "a"),
+        (1, b"", {"error: ": "b", "": "c"}, None, "failed", "b"),
+        (1, b"", {"": "c\x1b[31m\n"}, None, "failed", "c\\x1b[31m\\n"),
+        (-9, b"", {}, None, "failed", "slave-activate ended with exit status -9"),
+        (127, b"", {}, None, "failed", "slave-activate ended with exit status 127"),
+        (-15, b"", {}, 600, "failed", "stopped as it took longer than 600 s (TIMEOUT)"),
+        (
+            -15,
+            b"",
+            {"": "waiting"},
+            600,
+            "failed",
+            "stopped as it took longer than 600 s (TIMEOUT), and had said: waiting",
+        ),
+        (-15, LIVE, {}, 600, "live", "stopped as it took longer than 600 s (TIMEOUT)"),
+    ],
+)
+def test_judge(status, stdout, said, late, state, message):
+    changes = slave.judge("hanuman", status, stdout, said, late)
+    assert (changes["state"], changes["message"]) == (state, message)
+    if state == "live":
+        assert (changes["commit"], changes["previous"]) == (TWO, ONE)
+
+
+def test_judge_an_empty_repository_and_a_long_message():
+    changes = slave.judge("hanuman", 0, ("hanuman - %s\n" % ONE).encode(), {})
+    assert (changes["commit"], changes["previous"]) == (None, ONE)
+    assert len(slave.judge("hanuman", 1, b"", {"": "x" * 9999})["message"]) == 300
+
+
+# -- names, queries, the log
+
+
+@pytest.mark.parametrize("name", ["hanuman", "a", "_x", "9", "A.b-c_d", "x" * 100])
+def test_good_names(name):
+    assert slave.is_repo_name(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        ".",
+        "..",
+        ".a",
+        "-a",
+        "a/b",
+        "a..b",
+        "a.git",
+        "a.lock",
+        "a\n",
+        "a b",
+        "é",
+        "x" * 101,
+        "a\0",
+        "a%",
+        "../a",
+        "٣",
+    ],
+)
+def test_bad_names(name):
+    assert not slave.is_repo_name(name)
+
+
+def test_refs_are_what_git_takes():
+    """Compared with git itself, on ten thousand texts made of what its rules are about."""
+    dice = random.Random(2)
+    alphabet = "ab./@{-~^: ?*[\\\x7f\té"
+    texts = [
+        "@",
+        "a@",
+        ".a",
+        "a/.b",
+        "a.lock",
+        "a.lock/b",
+        "a..b",
+        "a//b",
+        "/a",
+        "a/",
+        "a.",
+        "a@{b",
+        "v1.0",
+        "a.lockx",
+        "HEAD",
+        "x" * 255,
+    ]
+    texts += [
+        "".join(dice.choice(alphabet) for _ in range(dice.randint(1, 6))) for _ in range(400)
+    ]
+    for text in texts:
+        git = subprocess.call(
+            ["git", "check-ref-format", "--allow-onelevel", text], stderr=subprocess.DEVNULL
+        )
+        assert slave.is_ref(text) == (git == 0 and not text.startswith("-")), repr(text)
+    assert not slave.is_ref("x" * 256)
+    assert not slave.is_ref("")
+
+
+def test_parse_query():
+    assert slave.parse_query("repo=hanuman&ref=feature%2Fa+b&update=12&wait=3&zone=eu%zz") == {
+        "repo": "hanuman",
+        "ref": "feature/a+b",
+        "update": "12",
+        "wait": "3",
+    }
+    assert slave.parse_query("") == {}
+
+
+@pytest.mark.parametrize(
+    "query, text",
+    [
+        ("repo=", "bad 'repo'"),
+        ("repo=a&repo=a", "'repo' is given twice"),
+        ("repo=%ff", "bad 'repo'"),
+        ("repo=%zz", "bad 'repo'"),
+        ("repo=a%00", "bad 'repo'"),
+        ("repo", "bad 'repo'"),
+        ("repo=a&ref=", "bad 'ref'"),
+        ("repo=a&ref=-x", "bad 'ref'"),
+        ("repo=a&ref=%ff", "bad 'ref'"),
+        ("ref=a&ref=b", "'ref' is given twice"),
+        ("wait=-1", "bad 'wait'"),
+        ("wait=1e9", "bad 'wait'"),
+        ("update=x", "bad 'update'"),
+        ("update=%D9%A3", "bad 'update'"),
+        ("update=1%0a", "bad 'update'"),
+    ],
+)
+def test_bad_queries(query, text):
+    with pytest.raises(slave.Refusal) as refusal:
+        slave.parse_query(query)
+    assert refusal.value.args == (400, text)
+
+
+def test_escape():
+    assert slave.escape("plain é") == "plain é"
+    assert slave.escape("a\x1b[2J\nb\r\u202e\udc80") == "a\\x1b[2J\\nb\\r\\u202e\\udc80"
+
+
+# -- settings
+
+
+def read(lines="", environ=None, options=None, tmp_path=None):
+    conf = tmp_path / "slave.conf"
+    conf.write_text(lines, encoding="utf-8")
+    environ = dict({"SERVER_UPDATE_CONF": str(conf)}, **(environ or {}))
+    return slave.read_settings(environ, options or {})
+
+
+def test_defaults(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    values = read(tmp_path=tmp_path)
+    assert values == {
+        "BASE_URL": "https://github.com/aiegoo",
+        "REPOS_DIR": "/home/me/repos",
+        "HOOKS_DIR": "/etc/server-update/hooks",
+        "PORT": 9999,
+        "BIND": None,
+        "TIMEOUT": 600,
+        "SUBMODULES": "yes",
+        "SECRET_FILE": None,
+        "ALLOW_FROM": None,
+        "ALLOW_REPOS": None,
+        "TLS_CERT": None,
+        "TLS_KEY": None,
+    }
+
+
+def test_file_environment_options(tmp_path):
+    lines = (
+        "# comment\r\n\r\n  PORT = 1 \r\nPORT='2'\nBASE_URL=\"/srv/git//\"\nTIMEOUT=5\n"
+        "REPOS_DIR=/srv/my repos\nBIND=\n"
+    )
+    values = read(lines, tmp_path=tmp_path)
+    assert (values["PORT"], values["BASE_URL"], values["TIMEOUT"]) == (2, "/srv/git", 5)
+    assert values["REPOS_DIR"] == "/srv/my repos"
+    values = read(
+        lines, {"SERVER_UPDATE_PORT": "3", "SERVER_UPDATE_TIMEOUT": ""}, tmp_path=tmp_path
+    )
+    assert (values["PORT"], values["TIMEOUT"]) == (3, 5)
+    values = read(lines, {"SERVER_UPDATE_PORT": "3"}, {"--port": "4"}, tmp_path=tmp_path)
+    assert values["PORT"] == 4
+
+
+@pytest.mark.parametrize(
+    "line, text",
+    [
+        ("PORT=80x", "bad PORT '80x'"),
+        ("PORT=65536", "bad PORT '65536'"),
+        ("PORT=-1", "bad PORT '-1'"),
+        ("PORT=٣", "bad PORT '٣'"),
+        ("FOO=1", "unknown setting 'FOO'"),
+        ("port=1", "unknown setting 'port'"),
+        ("PORT", "no '=' in 'PORT'"),
+        ("TIMEOUT=0", "bad TIMEOUT '0'"),
+        ("BIND=web1", "bad BIND 'web1'"),
+        ("REPOS_DIR=repos", "bad REPOS_DIR 'repos'"),
+        ("SUBMODULES=maybe", "bad SUBMODULES 'maybe'"),
+        ("BASE_URL=-x:y", "bad BASE_URL '-x:y'"),
+        ("BASE_URL=https://a b", "bad BASE_URL 'https://a b'"),
+        ("BASE_URL=relative", "bad BASE_URL 'relative'"),
+        ("ALLOW_FROM=10.0.0.300", "bad ALLOW_FROM '10.0.0.300'"),
+        ("ALLOW_FROM=10.0.0.1/8", "bad ALLOW_FROM '10.0.0.1/8'"),
+        ("ALLOW_FROM=web1", "bad ALLOW_FROM 'web1'"),
+        ("ALLOW_REPOS=a/b", "bad ALLOW_REPOS 'a/b'"),
+        ("TLS_CERT=cert.pem", "bad TLS_CERT 'cert.pem'"),
+        ("\x1b=1", "unknown setting '\\x1b'"),
+    ],
+)
+def test_mistakes_in_the_file(line, text, tmp_path):
+    with pytest.raises(slave.Mistake) as mistake:
+        read("# one\n" + line + "\n", tmp_path=tmp_path)
+    assert mistake.value.args == ("%s:2: %s" % (tmp_path / "slave.conf", text), 2)
+
+
+def test_mistakes_elsewhere(tmp_path):
+    for environ, options, text in (
+        ({"SERVER_UPDATE_PORT": "80x"}, {}, "bad PORT '80x' (set by SERVER_UPDATE_PORT)"),
+        ({}, {"--port": "80x"}, "bad PORT '80x' (set by --port)"),
+        ({"SERVER_UPDATE_TLS_KEY": "/k"}, {}, "TLS_KEY is set, but TLS_CERT is not"),
+        (
+            {"SERVER_UPDATE_CONF": "/nowhere/x"},
+            {},
+            "can't read settings file '/nowhere/x': No such file or directory",
+        ),
+    ):
+        with pytest.raises(slave.Mistake) as mistake:
+            read("", environ, options, tmp_path)
+        assert mistake.value.args == (text, 2)
+
+
+# -- signatures
+
+
+@pytest.mark.parametrize("secret, method, target, when, nonce, mac", VECTORS)
+def test_signature_vectors(secret, method, target, when, nonce, mac):
+    assert slave.sign(secret, method, target, when, nonce) == mac
+
+
+def guard(tmp_path, **settings):
+    path = tmp_path / "secret"
+    path.write_bytes(SECRET + b"\n")
+    path.chmod(0o600)
+    settings = dict(
+        {"SECRET_FILE": str(path), "ALLOW_FROM": None, "ALLOW_REPOS": None}, **settings
+    )
+    return slave.Guard(settings)
+
+
+def test_nonces_take_bounded_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(slave, "MAX_NONCES", 100)
+    one = guard(tmp_path)
+
+    def ask(number, when, now, mac=None):
+        nonce = "%032x" % number
+        mac = mac or slave.sign(SECRET, "GET", "/status", str(when), nonce)
+        return one.check_signature(["t=%d,n=%s,s=%s" % (when, nonce, mac)], "GET", "/status", now)
+
+    for number in range(1000):  # not one with a wrong MAC is remembered
+        with pytest.raises(slave.Refusal):
+            ask(number, 5000, 5000.0, "0" * 64)
+    assert not one.nonces
+    for number in range(100):
+        assert ask(number, 5000, 5000.0) == 5000
+    with pytest.raises(slave.Refusal) as refusal:
+        ask(100, 5000, 5300.0)
+    assert refusal.value.args[0] == 503
+    assert ask(101, 5301, 5301.0), "what is too old by now makes room"
+    assert len(one.nonces) == 1
+
+
+def test_a_secret_never_goes_away_by_accident(tmp_path):
+    one = guard(tmp_path)
+    for spoil in (
+        lambda path: path.write_bytes(b"short\n"),
+        lambda path: path.chmod(0o644),
+        lambda path: path.unlink(),
+    ):
+        spoil(tmp_path / "secret")
+        with pytest.raises(slave.Refusal) as refusal:
+            one.check_signature([], "GET", "/status", 5000.0)
+        assert refusal.value.args[0] == 401
+
+
+def test_allow_from(tmp_path):
+    networks = slave.parse_networks("10.0.0.0/8, 192.168.1.7 fe80::/10,::1 ::ffff:172.16.0.1")
+    one = guard(tmp_path, ALLOW_FROM=networks)
+    for address in ("10.1.2.3", "192.168.1.7", "::1", "fe80::1%eth0", "172.16.0.1"):
+        one.check_address(address)
+    for address in ("11.0.0.1", "192.168.1.8", "::2", "2001:db8::1"):
+        with pytest.raises(slave.Refusal) as refusal:
+            one.check_address(address)
+        assert refusal.value.args == (403, "not from this address")
+
+
+def test_allow_repos(tmp_path):
+    one = guard(tmp_path, ALLOW_REPOS=slave.parse_globs("hanuman, web-* [ab]"))
+    for repo in ("hanuman", "web-1", "a"):
+        one.check_repo(repo)
+    for repo in ("hanuman2", "Web-1", "c"):
+        with pytest.raises(slave.Refusal):
+            one.check_repo(repo)
