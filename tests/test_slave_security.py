@@ -1,0 +1,524 @@
+"""Who may ask slave.py for what: signatures, addresses, names, TLS."""
+
+import hashlib
+import hmac
+import http.client
+import json
+import os
+import random
+import re
+import shutil
+import socket
+import ssl
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from signal import SIGHUP
+
+import pytest
+from test_slave import ONE, record_file, runs, stand_in, start_by_hand, wait_runs
+from upstream import wait_until
+
+SECRET = "a secret that nobody knows"
+OTHER = "another one, for the change"
+DIFFERENT = {"error": "signature missing or wrong"}
+
+
+def make_secret(path, *lines):
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    path.chmod(0o600)
+    return path
+
+
+def signature(target, secret=SECRET, method="GET", when=None, nonce=None):
+    """The header, made without any of the product's code."""
+    when = str(int(time.time()) if when is None else when)
+    nonce = nonce or "%032x" % random.getrandbits(128)
+    text = "\n".join(["server-update-1", method, target, when, nonce]).encode()
+    mac = hmac.new(secret.encode(), text, hashlib.sha256).hexdigest()
+    return {"X-Server-Update-Signature": "t=%s,n=%s,s=%s" % (when, nonce, mac)}
+
+
+@pytest.fixture
+def signed_slave(start_slave, tmp_path):
+    slave = start_slave(SECRET_FILE=make_secret(tmp_path / "secret", SECRET))
+    stand_in(slave)
+    return slave
+
+
+def ask(slave, target="/?repo=hanuman", sent=None, method="GET", **how):
+    headers = signature(target, method=method, **how)
+    return slave.get(sent or target, headers=headers, method=method)
+
+
+# -- signatures
+
+
+def test_the_right_signature_is_taken(signed_slave):
+    status, _, body = ask(signed_slave)
+    assert status == 202
+    update = json.loads(body.decode())["update"]
+    target = "/status?repo=hanuman&update=%d&wait=9" % update
+    assert json.loads(ask(signed_slave, target)[2].decode())["state"] == "live"
+    for when in (-298, 298):
+        assert ask(signed_slave, "/status", when=time.time() + when)[0] == 200
+    assert ask(signed_slave, "/status", method="HEAD")[0] == 200
+    assert ask(signed_slave, "/get/?repo=hanuman&ref=a%2Fb")[0] == 202
+
+
+def wrong_requests():
+    """(name, what is sent, headers) of requests that must not pass."""
+    good, now = "/?repo=hanuman", int(time.time())
+    right = signature(good, nonce="ab" * 16)["X-Server-Update-Signature"]
+
+    def header(value):
+        return {"X-Server-Update-Signature": value}
+
+    yield "unsigned", good, {}
+    yield "wrong key", good, signature(good, secret=OTHER)
+    yield "altered repo", "/?repo=hanuman2", header(right)
+    yield "altered ref", good + "&ref=v1", header(right)
+    yield "altered path", "/get?repo=hanuman", header(right)
+    yield "altered spelling", "/?repo=h%61numan", header(right)
+    yield "altered time", good, header(right.replace("t=%d" % now, "t=%d" % (now + 1)))
+    yield "altered nonce", good, header(right.replace("ab" * 16, "ab" * 15 + "ac"))
+    yield "altered mac", good, header(right[:-1] + ("0" if right[-1] != "0" else "1"))
+    yield "other method", good, signature(good, method="HEAD")
+    yield "empty", good, header("")
+    yield "only a mac", good, header(right[right.index("s=") :])
+    yield "other order", good, header(",".join(reversed(right.split(","))))
+    yield "blanks", good, header(right.replace(",", ", "))
+    yield "capitals", good, header(right[:-64] + right[-64:].upper())
+    yield "short nonce", good, signature(good, nonce="ab" * 15)
+    yield "no number", good, signature(good, when="now")
+    yield "negative time", good, signature(good, when=-1)
+    yield "trailing comma", good, header(right + ",")
+    yield "huge", good, header("t=1,n=%s,s=" % ("a" * 7000))
+    yield "status", "/status", {}
+    yield "status of a repository", "/status?repo=hanuman", {}
+    yield "status of none", "/status?repo=nothing", {}
+    yield "no such path", "/nowhere", {}
+
+
+def test_everything_else_is_401_in_the_same_shape(signed_slave):
+    stand_in(signed_slave)
+    shapes = set()
+    for name, target, headers in wrong_requests():
+        status, got, body = signed_slave.get(target, headers=headers)
+        assert status == 401, name
+        assert json.loads(body.decode()) == DIFFERENT, name
+        shapes.add(tuple(key for key in got if key != "Date") + (len(body),))
+    assert len(shapes) == 1
+    right = signature("/?repo=hanuman")["X-Server-Update-Signature"]
+    with socket.create_connection(("127.0.0.1", signed_slave.port), 5) as connection:
+        twice = "X-Server-Update-Signature: %s\r\n" % right * 2
+        connection.sendall(("GET /?repo=hanuman HTTP/1.1\r\n%s\r\n" % twice).encode())
+        assert connection.recv(9999).startswith(b"HTTP/1.1 401 ")
+    assert not list(signed_slave.state.glob("*.json")), "nothing was even recorded"
+    assert runs(signed_slave) == []
+    log = signed_slave.log()
+    assert SECRET not in log and "s=" not in log and right[-64:] not in log
+
+
+def test_a_replay_is_401(signed_slave):
+    headers = signature("/?repo=hanuman")
+    assert signed_slave.get("/?repo=hanuman", headers=headers)[0] == 202
+    wait_runs(signed_slave, 2)
+    assert signed_slave.json("/?repo=hanuman", status=401, headers=headers) == DIFFERENT
+    with ThreadPoolExecutor(8) as pool:  # at the same moment: one of them
+        headers = signature("/?repo=hanuman")
+        answers = list(
+            pool.map(lambda _: signed_slave.get("/?repo=hanuman", headers=headers)[0], range(24))
+        )
+    assert sorted(answers) == [202] + [401] * 23
+
+
+def test_a_replay_after_a_restart_starts_nothing(signed_slave):
+    headers = signature("/?repo=hanuman")
+    assert signed_slave.get("/?repo=hanuman", headers=headers)[0] == 202
+    wait_until(lambda: "live after" in signed_slave.log(), 9)
+    update = record_file(signed_slave)["update"]
+    signed_slave.kill()
+    signed_slave.start()
+    status, _, body = signed_slave.get("/?repo=hanuman", headers=headers)
+    assert (status, json.loads(body.decode())) == (
+        503,
+        {"error": "signed before this slave's last start: sign again"},
+    )
+    assert record_file(signed_slave)["update"] == update
+    later = int(time.time()) + 1
+    wait_until(lambda: time.time() > later, 3)
+    assert ask(signed_slave)[0] == 202
+
+
+def test_the_clock_is_told_only_to_who_knows_the_secret(signed_slave):
+    for off_by in (-301, 302, -90000):
+        when = int(time.time()) + off_by
+        status, _, body = ask(signed_slave, when=when)
+        text = json.loads(body.decode())["error"]
+        assert status == 401
+        assert (
+            abs(int(re.fullmatch("the clocks are ([0-9]+) s apart", text).group(1)) - abs(off_by))
+            <= 1
+        )
+        assert json.loads(ask(signed_slave, when=when, secret=OTHER)[2].decode()) == DIFFERENT
+    assert runs(signed_slave) == []
+
+
+def test_what_needs_no_signature(start_slave, tmp_path):
+    page = tmp_path / "page.html"
+    page.write_text("hello")
+    slave = start_slave(SECRET_FILE=make_secret(tmp_path / "secret", SECRET), args=[page])
+    assert slave.get("/healthz")[::2] == (200, b"ok\n")
+    assert slave.get("/")[::2] == (200, b"hello")
+    assert slave.get("/?repo=hanuman")[0] == 401
+    assert slave.get("/?x=1&repo=hanuman")[0] == 401
+    assert slave.get("/?rep%6f=hanuman")[2] == b"hello", "that is no 'repo', so nothing starts"
+    assert slave.get("/index.html")[0] == 401
+
+
+def test_the_secret_changes_without_a_gap(signed_slave, tmp_path):
+    secret = tmp_path / "secret"
+    answers = []
+    for lines, current in (((SECRET, OTHER), SECRET), ((OTHER, SECRET), OTHER), ((OTHER,), OTHER)):
+        make_secret(secret, *lines)
+        answers.append((ask(signed_slave, secret=current)[0], ask(signed_slave)[0]))
+    assert answers == [(202, 202), (202, 202), (202, 401)]
+    for spoil in (lambda: secret.write_text(""), lambda: secret.chmod(0o644), secret.unlink):
+        spoil()
+        assert ask(signed_slave, secret=OTHER)[0] == 202, "the good secret from before holds"
+        assert signed_slave.get("/?repo=hanuman")[0] == 401, "and never nothing at all"
+
+
+@pytest.mark.parametrize(
+    "text, mode, complaint",
+    [
+        (SECRET, 0o644, "others can read secret file '{0}'; do: chmod 600 {0}"),
+        (SECRET, 0o640, "others can read secret file '{0}'; do: chmod 600 {0}"),
+        (
+            "",
+            0o600,
+            "secret file '{0}' has no secret in it; do: (umask 077; openssl rand -hex 32 >{0})",
+        ),
+        (
+            "\n \n",
+            0o600,
+            "secret file '{0}' has no secret in it; do: (umask 077; openssl rand -hex 32 >{0})",
+        ),
+        (
+            "fifteen letters",
+            0o600,
+            "secret file '{0}' has a line of less than 16 bytes; "
+            "do: (umask 077; openssl rand -hex 32 >{0})",
+        ),
+        (
+            SECRET + "\nshort\n",
+            0o600,
+            "secret file '{0}' has a line of less than 16 bytes; "
+            "do: (umask 077; openssl rand -hex 32 >{0})",
+        ),
+    ],
+)
+def test_a_bad_secret_file_keeps_it_from_starting(start_slave, tmp_path, text, mode, complaint):
+    slave = start_slave()
+    secret = make_secret(tmp_path / "secret")
+    secret.write_text(text)
+    secret.chmod(mode)
+    status, stderr, _ = start_by_hand(slave, "--port", 0, "--secret-file", secret)
+    assert (status, stderr) == (2, "slave.py: %s\n" % complaint.format(secret))
+
+
+def test_the_first_line_of_the_log_says_that_there_is_no_secret(start_slave, signed_slave):
+    if os.path.exists("/etc/server-update/secret"):
+        pytest.skip("this machine has a secret of its own")
+    slave = start_slave(BASE_URL="https://example.org/x")
+    first = slave.log().splitlines()[0].partition(" ")[2]
+    assert first == (
+        "no secret: who can reach the port can have repositories of https://example.org/x updated "
+        "here; to change that, put one into /etc/server-update/secret"
+    )
+    assert "no secret" not in signed_slave.log()
+
+
+def test_a_size_never_tells_whether_a_repository_exists(signed_slave):
+    assert ask(signed_slave)[0] == 202
+    wait_runs(signed_slave, 2)
+    answers = set()
+    for target in (
+        "/status?repo=hanuman",
+        "/status?repo=nothing",
+        "/?repo=hanuman",
+        "/status?repo=hanuman&update=1&wait=30",
+        "/status?repo=hanuman&update=1",
+    ):
+        began = time.monotonic()
+        status, _, body = signed_slave.get(target)
+        assert time.monotonic() - began < 0.5
+        answers.add((status, body))
+    assert len(answers) == 1
+
+
+def test_a_flood_of_signatures_takes_bounded_memory(signed_slave):
+    """Wrong ones leave nothing; right ones 16 bytes and an entry each."""
+
+    def flood(secret):
+        connection = http.client.HTTPConnection("127.0.0.1", signed_slave.port)
+        for _ in range(1500):
+            connection.request("GET", "/status", headers=signature("/status", secret=secret))
+            connection.getresponse().read()
+        connection.close()
+
+    def rss():
+        with open("/proc/%d/status" % signed_slave.process.pid) as status:
+            return int(re.search(r"VmRSS:\s+(\d+)", status.read()).group(1))
+
+    flood(OTHER)
+    before = rss()
+    flood(OTHER)
+    assert rss() - before < 500
+    flood(SECRET)
+    assert rss() - before < 2000
+
+
+# -- addresses and names
+
+
+def test_allow_from(start_slave):
+    slave = start_slave(ALLOW_FROM="10.0.0.0/8 192.168.1.1")
+    for target in ("/?repo=hanuman", "/status", "/", "/healthz"):
+        assert slave.json(target, status=403) == {"error": "not from this address"}
+    slave = start_slave(ALLOW_FROM="127.0.0.0/8,::1", BIND="")
+    stand_in(slave)
+    assert slave.get("/?repo=hanuman")[0] == 202, "though its socket says ::ffff:127.0.0.1"
+    slave = start_slave(ALLOW_FROM="::1", BIND="")
+    assert slave.get("/?repo=hanuman")[0] == 403
+
+
+def test_allow_repos(start_slave):
+    slave = start_slave(ALLOW_REPOS="hanuman web-*")
+    stand_in(slave)
+    for repo in ("hanuman", "web-1"):
+        assert slave.get("/?repo=" + repo)[0] == 202
+    for target in ("/?repo=other", "/get/?repo=Hanuman", "/status?repo=other"):
+        assert slave.json(target, status=403) == {"error": "not an allowed repository"}
+    assert not (slave.state / "other.json").exists()
+
+
+# -- TLS
+
+
+def openssl(*args, **kwargs):
+    subprocess.run(
+        ["openssl", *map(str, args)],
+        check=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **kwargs,
+    )
+
+
+class Authority:
+    """A private certificate authority, made with the openssl command."""
+
+    def __init__(self, folder):
+        if not shutil.which("openssl"):
+            pytest.skip("no openssl command")
+        folder.mkdir()
+        self.folder, self.cert, self.key = folder, folder / "ca.pem", folder / "ca.key"
+        openssl(
+            "req",
+            "-x509",
+            "-newkey",
+            "ec",
+            "-pkeyopt",
+            "ec_paramgen_curve:prime256v1",
+            "-nodes",
+            "-keyout",
+            self.key,
+            "-out",
+            self.cert,
+            "-days",
+            "9",
+            "-subj",
+            "/CN=test authority",
+            "-addext",
+            "keyUsage=critical,keyCertSign",
+        )
+
+    def issue(self, name, host="IP:127.0.0.1", start="20200101000000Z", end="20991231235959Z"):
+        """A file with a certificate for `host` and its key."""
+        key, request, pem = (self.folder / (name + end_) for end_ in (".key", ".csr", ".pem"))
+        openssl(
+            "req",
+            "-new",
+            "-newkey",
+            "ec",
+            "-pkeyopt",
+            "ec_paramgen_curve:prime256v1",
+            "-nodes",
+            "-keyout",
+            key,
+            "-out",
+            request,
+            "-subj",
+            "/CN=" + name,
+        )
+        conf = self.folder / (name + ".cnf")
+        conf.write_text(
+            "[ca]\ndefault_ca=a\n[a]\ndatabase={0}/db\nnew_certs_dir={0}\nserial={0}/serial\n"
+            "default_md=sha256\npolicy=p\nunique_subject=no\n[p]\ncommonName=supplied\n"
+            "[e]\nsubjectAltName={1}\n".format(self.folder, host)
+        )
+        (self.folder / "db").touch()
+        openssl(
+            "ca",
+            "-batch",
+            "-config",
+            conf,
+            "-extensions",
+            "e",
+            "-create_serial",
+            "-notext",
+            "-cert",
+            self.cert,
+            "-keyfile",
+            self.key,
+            "-in",
+            request,
+            "-out",
+            pem,
+            "-startdate",
+            start,
+            "-enddate",
+            end,
+        )
+        with open(str(pem), "a") as handle:
+            handle.write(key.read_text())
+        return pem
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory):
+    return Authority(tmp_path_factory.mktemp("tls") / "ca")
+
+
+def https(slave, target, authority, host="127.0.0.1", **limits):
+    """An answer over TLS from a client that trusts the authority only: (status, body)."""
+    context = ssl.create_default_context(cafile=str(authority.cert))
+    for name, value in limits.items():
+        setattr(context, name, value)
+    connection = http.client.HTTPSConnection(host, slave.port, timeout=10, context=context)
+    try:
+        connection.request("GET", target)
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+    finally:
+        connection.close()
+
+
+def test_tls(start_slave, authority, tmp_path):
+    slave = start_slave(TLS_CERT=authority.issue("right"))
+    stand_in(slave)
+    assert "(127.0.0.1, TLS)" in slave.log()
+    status, body = https(slave, "/?repo=hanuman", authority)
+    assert status == 202
+    update = json.loads(body.decode())["update"]
+    status, body = https(slave, "/status?repo=hanuman&update=%d&wait=9" % update, authority)
+    assert json.loads(body.decode())["commit"] == ONE
+    other = Authority(tmp_path / "other")
+    with pytest.raises(ssl.SSLError):
+        https(slave, "/healthz", other)
+    plain = socket.create_connection(("127.0.0.1", slave.port), 5)
+    plain.sendall(b"GET /?repo=plain HTTP/1.1\r\n\r\n")
+    try:
+        assert not plain.recv(99).startswith(b"HTTP/1.1 2")
+    except ConnectionError:
+        pass
+    plain.close()
+    wait_until(lambda: "no TLS with 127.0.0.1: " in slave.log(), 5)
+    assert not (slave.state / "plain.json").exists()
+    assert "Traceback" not in slave.log()
+
+
+def test_tls_wrong_name_and_expired(start_slave, authority):
+    for name, about in (
+        ("name", {"host": "DNS:other.example"}),
+        ("old", {"end": "20210101000000Z"}),
+    ):
+        slave = start_slave(TLS_CERT=authority.issue(name, **about))
+        with pytest.raises(ssl.SSLError) as error:
+            https(slave, "/healthz", authority)
+        assert re.search("doesn't match|mismatch|not valid for|expired", str(error.value))
+
+
+def test_tls_1_2_or_newer(start_slave, authority):
+    slave = start_slave(TLS_CERT=authority.issue("versions"))
+    for version, taken in (("TLSv1_1", False), ("TLSv1_2", True), ("TLSv1_3", True)):
+        command = [
+            "openssl",
+            "s_client",
+            "-connect",
+            "127.0.0.1:%d" % slave.port,
+            "-cipher",
+            "ALL:@SECLEVEL=0",
+            "-" + version.lower().replace("v", ""),
+        ]
+        done = subprocess.run(command, input=b"", stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        assert (b"BEGIN CERTIFICATE" in done.stdout) == taken, done.stdout[-2000:]
+
+
+def test_tls_handshakes_that_never_end_hold_up_nobody(start_slave, authority):
+    slave = start_slave(TLS_CERT=authority.issue("silent"))
+    stand_in(slave)
+    silent = [socket.create_connection(("127.0.0.1", slave.port), 5) for _ in range(20)]
+    silent[0].sendall(b"\x16\x03\x01")
+    began = time.monotonic()
+    assert https(slave, "/?repo=hanuman", authority)[0] == 202
+    assert time.monotonic() - began < 1
+    for connection in silent:
+        connection.settimeout(13 - (time.monotonic() - began))
+        assert connection.recv(9) == b"", "10 s, then it ends"
+        connection.close()
+
+
+def test_a_renewed_certificate_is_taken_on_sighup(start_slave, authority, tmp_path):
+    path = tmp_path / "slave.pem"
+    shutil.copy(str(authority.issue("before", host="DNS:other.example")), str(path))
+    slave = start_slave(TLS_CERT=path)
+    stand_in(slave, 'until [ -e "$HOME/go" ]; do sleep 0.02; done')
+    context = ssl.create_default_context(cafile=str(authority.cert))
+    context.check_hostname = False
+    kept = http.client.HTTPSConnection("127.0.0.1", slave.port, timeout=20, context=context)
+    kept.request("GET", "/?repo=hanuman")
+    update = json.loads(kept.getresponse().read().decode())["update"]
+    with pytest.raises(ssl.SSLError):
+        https(slave, "/healthz", authority)
+    path.write_text("garbage")
+    slave.process.send_signal(SIGHUP)
+    wait_until(
+        lambda: "the TLS certificate stays as it was (SIGHUP): bad TLS_CERT" in slave.log(), 5
+    )
+    shutil.copy(str(authority.issue("after")), str(path))
+    slave.process.send_signal(SIGHUP)
+    wait_until(lambda: "the TLS certificate is read again (SIGHUP)" in slave.log(), 5)
+    assert https(slave, "/healthz", authority)[0] == 200
+    kept.request("GET", "/status?repo=hanuman&update=%d&wait=20" % update)
+    (slave.home / "go").touch()
+    assert json.loads(kept.getresponse().read().decode())["state"] == "live"
+    kept.close()
+
+
+def test_a_bad_certificate_keeps_it_from_starting(start_slave, authority, tmp_path):
+    slave = start_slave()
+    (tmp_path / "bad.pem").write_text("x")
+    (tmp_path / "key.pem").write_text("x")
+    free = tmp_path / "free"
+    for args in (
+        ["--tls-cert", tmp_path / "bad.pem"],
+        ["--tls-cert", "/nowhere.pem"],
+        ["--tls-cert", authority.issue("mixed"), "--tls-key", tmp_path / "key.pem"],
+    ):
+        status, stderr, seconds = start_by_hand(slave, "--port", 0, "--repos-dir", free, *args)
+        assert status == 2 and seconds < 1
+        assert stderr.startswith("slave.py: bad TLS_CERT '%s' or TLS_KEY '" % args[1])
+        assert stderr.count("\n") == 1
