@@ -1,0 +1,136 @@
+"""The proof that the suite can fail: the product broken on purpose, each time caught by a scenario.
+
+A mutation is an edit of a copy of a script, found by a pattern: where the script no longer has what
+the pattern describes, the test fails, and the pattern has to follow.
+"""
+import re
+import shutil
+import subprocess
+from collections import namedtuple
+
+import pytest
+import scenarios
+from conftest import ROOT
+from scenarios import Place
+from upstream import copy_scripts
+
+SCRIPTS = ("server-update", "slave.py", "slave-activate")
+# What a scenario raises when it meets a broken product.
+CAUGHT = (AssertionError, OSError, ValueError, LookupError, subprocess.SubprocessError)
+
+Mutation = namedtuple("Mutation", "name script pattern replacement scenario")
+MUTATIONS = [
+    Mutation("answer before the record is written", "slave.py",
+             r"self\.save\(repo, after\[repo\]\)",
+             "threading.Timer(0.5, self.save, (repo, after[repo])).start()",
+             scenarios.accepted_survives_a_loss_of_power),
+    Mutation("no fsync of the record", "slave.py",
+             r"os\.fsync\(handle\.fileno\(\)\)", "pass",
+             scenarios.accepted_is_on_disk_before_the_answer),
+    Mutation("no fsync of the record's folder", "slave.py",
+             r"os\.fsync\(self\.folder_fd\)", "pass",
+             scenarios.accepted_is_on_disk_before_the_answer),
+    Mutation("what was queued is not taken up again", "slave.py",
+             r"(?<=is taken up again\" % \(repo, records\.queued\.update\)\)\n)( +).*\n", r"\1pass\n",
+             scenarios.accepted_survives_a_loss_of_power),
+    Mutation("no flush before the exchange", "slave-activate",
+             r"libc\.syncfs\(os\.open\(new, os\.O_RDONLY\)\)", "0",
+             scenarios.a_clone_is_on_disk_before_it_goes_live),
+    Mutation("no flush after the exchange", "slave-activate",
+             r"libc\.fsync\(", "str(",
+             scenarios.a_clone_is_on_disk_before_it_goes_live),
+    Mutation("rm before the rename", "slave-activate",
+             r"(?m)^elif renameat2\(.*$",
+             "else:\n    import shutil; shutil.rmtree(live); os.rename(new, live)\nif 0:",
+             scenarios.a_reader_never_sees_it_missing),
+    Mutation("two renames, always", "slave-activate",
+             r"(?m)^elif renameat2\(", "elif True or renameat2(",
+             scenarios.a_reader_never_sees_it_missing),
+    Mutation("rm before the clone", "slave-activate",
+             r"(?m)^    make_clone$", '    rm -rf "$live"; make_clone',
+             scenarios.what_was_live_survives_a_failing_upstream),
+    Mutation("no lock", "slave-activate",
+             r"(?m)^    flock .*$", "    return",
+             scenarios.two_at_once_take_turns),
+    Mutation("no sweep", "slave-activate",
+             r"(?m)^    sweep$", "    :",
+             scenarios.the_next_run_sweeps_what_a_killed_one_left),
+    Mutation("pre-update's exit status ignored", "slave-activate",
+             r'run_hook pre-update "\$new" \|\|', 'run_hook pre-update "$new" || : ||',
+             scenarios.a_failing_hook_keeps_what_is_live),
+    Mutation("damaged objects taken over", "slave-activate",
+             r'\[ -z "\$odd" \] \|\|', "[ -n yes ] ||",
+             scenarios.a_damaged_pack_heals),
+    Mutation("the alternates file stays", "slave-activate",
+             r' && rm "\$alternates"', "",
+             scenarios.a_clone_stands_alone),
+    Mutation("any name by hand", "slave-activate",
+             r"(?m)^    check_arguments .*$", "    :",
+             scenarios.no_name_reaches_outside_by_hand),
+    Mutation("any name by HTTP", "slave.py",
+             r"(?s)(def is_repo_name\(text\):\n    \"\"\".*?\"\"\"\n)", r"\1    return True\n",
+             scenarios.no_name_reaches_outside_by_http),
+    Mutation("no signature is as good as a right one", "slave.py",
+             r"if not self\.secrets:", "if not self.secrets or not values:",
+             scenarios.an_unsigned_signal_is_refused),
+    Mutation("the older ref wins", "slave.py",
+             r"Record\(repo, update, ref,",
+             "Record(repo, update, records.queued.ref if records.queued else ref,",
+             scenarios.the_last_signal_wins),
+    Mutation("ids follow the clock", "slave.py",
+             r"update = max\(.*\)", "update = int(now * 1000)",
+             scenarios.ids_grow_although_the_clock_went_back),
+    Mutation("only the shell is ended, not its group", "slave.py",
+             r"os\.killpg\(", "os.kill(",
+             scenarios.nothing_of_a_run_outlives_it),
+    Mutation("slave-activate's exit status ignored", "slave.py",
+             r'{"state": "failed", "message": message}',
+             '{"state": "live", "message": message, "commit": None, "previous": None}',
+             scenarios.a_failed_update_is_no_success),
+    Mutation("unreachable is as good as live", "server-update",
+             r"result\.outcome not in GOOD", 'result.outcome not in (*GOOD, "unreachable")',
+             scenarios.a_dead_slave_is_no_success),
+    Mutation("different commits are no matter", "server-update",
+             r"len\(live\) > len\(\{repo for repo, _ in live\}\)", "False",
+             scenarios.different_commits_are_no_success),
+    Mutation("a poll without an answer is an outcome", "server-update",
+             r'outcome="timeout", patience=FOREVER\)', 'outcome="failed")',
+             scenarios.a_restart_between_signal_and_outcome_is_seen_through),
+    Mutation("another ref is as good as ours", "server-update",
+             r'step\.outcome == "live" and \(body\.get\("ref"\) or None\) != ref', "False",
+             scenarios.a_replaced_update_is_no_success),
+    Mutation("the commit is not the slave's word", "server-update",
+             r'body\.get\("commit", ""\), body', 'body.get("previous", ""), body',
+             scenarios.what_is_told_as_live_is_live),
+]
+
+
+def check_syntax(script, text):
+    """A broken product must still be a program: a syntax error is caught by anything."""
+    if text.startswith("#!/bin/sh"):
+        assert subprocess.call(["sh", "-n", str(script)]) == 0
+    else:
+        compile(text, str(script), "exec")
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name.replace(" ", "-"))
+def test_the_suite_catches(mutation, tmp_path):
+    if not shutil.which("strace") and "on_disk" in mutation.scenario.__name__:
+        pytest.skip("no strace here")
+    sources = copy_scripts(ROOT, tmp_path / "broken", *SCRIPTS)
+    script = sources / mutation.script
+    text, edits = re.subn(mutation.pattern, mutation.replacement, script.read_text(encoding="utf-8"))
+    assert edits, "%s no longer has what this mutation breaks" % mutation.script
+    script.write_text(text, encoding="utf-8")
+    check_syntax(script, text)
+    place = Place(tmp_path / "place", sources)
+    try:
+        with pytest.raises(CAUGHT):
+            mutation.scenario(place)
+    finally:
+        place.close()
+
+
+def test_mutations_are_many_and_on_every_script():
+    assert len(MUTATIONS) >= 10
+    assert {mutation.script for mutation in MUTATIONS} == set(SCRIPTS)
