@@ -1,0 +1,192 @@
+"""A fleet for the fault suite: one upstream over HTTP, slaves behind proxies, masters."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from conftest import PYTHON, SOURCES, Slave, kill_all_below, stop_for_good  # noqa: E402
+from proxy import Proxy, ProxyLoop  # noqa: E402
+from upstream import HttpUpstream, Upstream, copy_scripts  # noqa: E402
+
+REPO = "site"
+SMALL_DISK_BYTES = 4 * 1024 * 1024
+MASTER_OPTIONS = ["--json", "--timeout", "12", "--connect-timeout", "1", "--retries", "1"]
+CLEAN_OPTIONS = ["--json", "--timeout", "40"]
+# The hooks keep the checker's journal: what was put live, and whether two updates overlapped.
+PRE_UPDATE = """#!/bin/sh
+mkdir '{folder}/busy' || echo 'overlap' >>'{folder}/journal'
+"""
+POST_UPDATE = """#!/bin/sh
+echo "$1 $3 $2" >>'{folder}/journal'
+rmdir '{folder}/busy'
+"""
+
+
+class History:
+    """What the upstream has had: every commit pushed, in order; each version's files agree."""
+
+    def __init__(self, upstream):
+        self.repo = upstream.create(REPO, {})
+        self.pushed = []  # (commit, branch), in the order of the pushes
+        self.pushed_at = []  # when each of them was done
+        self.version = 0
+
+    def push(self, branch="main", force=False):
+        """Push the next version; with force in place of all before it."""
+        self.version += 1
+        mark = "%d\n" % self.version
+        files = {"first": mark, "second": mark, "deep/er/third": mark,
+                 "many/%d" % self.version: mark * 50, "many/%d" % (self.version - 7): None}
+        first = not any(name == branch for _, name in self.pushed)
+        parent = "" if force else self.head() if first and self.pushed else None
+        commit = self.repo.commit(files, "Version " + mark, branch, parent)
+        self.pushed.append((commit, branch))
+        self.pushed_at.append(time.time())
+        return commit
+
+    def head(self, branch="main"):
+        """The newest commit of a branch."""
+        return [commit for commit, name in self.pushed if name == branch][-1]
+
+    def order(self, commit):
+        """How many pushes came before that of the commit; None if there never was such a push."""
+        found = [at for at, (pushed, _) in enumerate(self.pushed) if pushed == commit]
+        return found[0] if found else None
+
+
+class FleetSlave(Slave):
+    """A slave with a journal, a proxy, a clock that can be wrong and maybe a small disk."""
+
+    def __init__(self, folder, base_url, loop, small_disk=False, sources=SOURCES):
+        folder.mkdir()
+        self.folder, self.disk = folder, None
+        settings = {"BASE_URL": base_url, "TIMEOUT": 20}
+        if small_disk:
+            self.disk = folder / "disk"
+            self.disk.mkdir()
+            subprocess.check_call(["mount", "-t", "tmpfs", "-o", "size=%d" % SMALL_DISK_BYTES,
+                                   "tmpfs", str(self.disk)])
+            settings["REPOS_DIR"] = str(self.disk / "repos")
+        super().__init__(folder, settings, sources=sources)
+        self.tmp, self.clock = folder / "tmp", folder / "clock"
+        self.tmp.mkdir()
+        self.env["TMPDIR"] = str(self.tmp)
+        self.command[2:2] = [str(HERE / "clock.py"), str(self.clock)]
+        for name, text in (("pre-update", PRE_UPDATE), ("post-update", POST_UPDATE)):
+            hook = self.hooks / name
+            hook.write_text(text.format(folder=folder))
+            hook.chmod(0o755)
+        self.start()
+        self.proxy = Proxy(loop, self.port)
+        self.heard = []  # signals sent around the proxy: (when, update id)
+        self.is_disturbed = False  # in this round: a hook may have been left half-way
+        self.journal_before = 0  # lines, when this round began
+        self.forgotten_until = 0  # earlier acceptances were lost with a record that a fault broke
+
+    @property
+    def tree(self):
+        """The live clone."""
+        return self.repos / REPO
+
+    def journal(self):
+        """The journal's lines: [repo, new, old] each."""
+        path = self.folder / "journal"
+        return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
+
+    def accepted(self):
+        """Every update it has accepted: (when, update id)."""
+        return sorted(self.proxy.accepted + self.heard)
+
+    def close(self):
+        """End it with all that belongs to it."""
+        self.proxy.close()
+        stop_for_good(self)
+        if self.disk:
+            subprocess.call(["umount", "-l", str(self.disk)])
+
+
+class Master:
+    """One run of server-update --json, its lines read as they come."""
+
+    def __init__(self, fleet, *options):
+        self.fleet = fleet
+        self.journal_before = {slave: len(slave.journal()) for slave in fleet.slaves}
+        self.results = []  # (result, journal lines from the start until it was told)
+        self.summary = self.torn = None
+        self.process = subprocess.Popen(
+            [PYTHON, "-I", str(fleet.bin / "server-update"), "--list", str(fleet.slavelist),
+             *options, REPO], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, universal_newlines=True, start_new_session=True)
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+
+    def _read(self):
+        for text in self.process.stdout:
+            try:
+                line = json.loads(text)
+            except ValueError:
+                self.torn = text
+                continue
+            if line["type"] == "result":
+                slave = self.fleet.by_entry[line["slave"]]
+                journal = slave.journal()[self.journal_before[slave]:]
+                self.results.append((line, journal))
+            elif line["type"] == "summary":
+                self.summary = line
+
+    def wait(self, timeout=60):
+        """Wait for its end; the exit status."""
+        status = self.process.wait(timeout)
+        self.reader.join(10)
+        self.process.stdout.close()
+        self.errors = self.process.stderr.read()
+        self.process.stderr.close()
+        return status
+
+
+class Fleet:
+    """`size` slaves behind proxies, an upstream with a history, a place for masters."""
+
+    def __init__(self, folder, size, sources=SOURCES):
+        self.folder = Path(folder)
+        self.upstream = Upstream(self.folder / "upstream")
+        self.http = HttpUpstream(self.upstream)
+        self.history = History(self.upstream)
+        self.history.push()
+        self.history.push("side")
+        self.loop = ProxyLoop()
+        self.bin = copy_scripts(sources, self.folder / "master", "server-update")
+        self.slaves = []
+        self.has_small_disk = os.getuid() == 0 and shutil.which("mount") is not None
+        for number in range(size):
+            small = self.has_small_disk and number == 0
+            self.slaves.append(FleetSlave(self.folder / ("slave-%02d" % number), self.http.url,
+                                          self.loop, small, sources))
+        self.by_entry = {slave.proxy.entry: slave for slave in self.slaves}
+        self.slavelist = self.folder / "slavelist.txt"
+        self.slavelist.write_text("".join(entry + "\n" for entry in self.by_entry))
+
+    def master(self, *options):
+        """Start a master under faults."""
+        return Master(self, *MASTER_OPTIONS, *options)
+
+    def clean_run(self, *options):
+        """A master's whole run with no faults about."""
+        master = Master(self, *CLEAN_OPTIONS, *options)
+        master.wait(90)
+        return master
+
+    def close(self):
+        """End everything, whatever state it is in."""
+        for slave in self.slaves:
+            slave.close()
+        self.loop.close()
+        self.http.close()
+        kill_all_below(self.folder)

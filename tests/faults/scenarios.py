@@ -1,0 +1,442 @@
+"""Small attacks, each on one promise. test_scenarios runs them on the product; test_mutations runs
+them on broken copies of it, where each must fail.
+
+A scenario is a function of a Place; it raises (AssertionError mostly) where the promise is broken.
+"""
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import threading
+import time
+
+from checker import git
+from conftest import PYTHON, Slave, kill_all_below, processes_below, stop_for_good
+from plain_slave import refusing_entry
+from schedule import kill
+from upstream import HttpUpstream, Upstream, copy_scripts, wait_until
+
+READER_UPDATES = 12
+LONG_AGO_S = -86400
+
+
+class Place:
+    """A folder with an upstream, in which the scripts of `sources` run."""
+
+    def __init__(self, folder, sources):
+        self.folder, self.sources, self.slaves = folder, sources, []
+        folder.mkdir()
+        self.upstream = Upstream(folder / "upstream")
+        self.http = HttpUpstream(self.upstream)
+        self.repo = self.upstream.create("site", files(1))
+        self.version = 1
+        self.bin = copy_scripts(sources, folder / "bin", "server-update", "slave-activate")
+        self.hooks, self.home = folder / "hooks", folder / "home"
+        self.base_url = self.http.url  # of slave-activate by hand
+        self.hooks.mkdir()
+        self.home.mkdir()
+
+    @property
+    def tree(self):
+        """The clone that activate makes."""
+        return self.home / "repos" / "site"
+
+    def push(self):
+        """The next version; its commit."""
+        self.version += 1
+        return self.repo.commit(files(self.version))
+
+    def slave(self, **settings):
+        """A slave that listens."""
+        folder = self.folder / ("slave-%d" % len(self.slaves))
+        folder.mkdir()
+        settings = dict({"BASE_URL": self.http.url, "HOOKS_DIR": self.hooks}, **settings)
+        self.slaves.append(Slave(folder, settings, sources=self.sources))
+        return self.slaves[-1].start()
+
+    def environment(self):
+        """What slave-activate by hand needs."""
+        return dict(os.environ, HOME=str(self.home), SERVER_UPDATE_BASE_URL=self.base_url,
+                    SERVER_UPDATE_HOOKS_DIR=str(self.hooks))
+
+    def start_activate(self, *args, before=()):
+        """slave-activate by hand, in a process group of its own, maybe under another program."""
+        return subprocess.Popen(
+            [*before, str(self.bin / "slave-activate"), *(args or ("site",))],
+            env=self.environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, universal_newlines=True, start_new_session=True)
+
+    def activate(self, *args):
+        """slave-activate by hand to its end: (exit status, output)."""
+        process = self.start_activate(*args)
+        output = process.communicate(timeout=60)[0]
+        return process.returncode, output
+
+    def hook(self, name, text):
+        """Put a hook in place."""
+        (self.hooks / name).write_text("#!/bin/sh\n" + text)
+        (self.hooks / name).chmod(0o755)
+
+    def update(self, entries, *options):
+        """server-update on these entries: (exit status, output)."""
+        done = subprocess.run(
+            [PYTHON, "-I", str(self.bin / "server-update"), "--list", "-", "--retries", "0",
+             *options, "site"], input="\n".join(entries) + "\n", stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, universal_newlines=True, timeout=60)
+        return done.returncode, done.stdout
+
+    def close(self):
+        """End all that runs here."""
+        self.http.fault = None
+        stop_for_good(*self.slaves)
+        kill_all_below(self.folder)
+        self.http.close()
+
+
+def files(version):
+    """A version of the site, big enough for its removal to take a moment."""
+    text = "%d\n" % version
+    return dict({"first": text, "second": text}, **{"many/%d" % n: text for n in range(60)})
+
+
+def check_clean(folder, commit):
+    """The clone is complete, clean and at that commit."""
+    assert git(folder, "rev-parse", "HEAD") == (0, commit)
+    assert git(folder, "status", "--porcelain", "--ignored") == (0, "")
+    status, output = git(folder, "fsck", "--full", "--strict")
+    assert status == 0, output
+
+
+# -- promise 2: nothing accepted is lost, what was live stays whole ------------------------------
+
+
+def accepted_survives_a_loss_of_power(place):
+    """A running and a queued update, all killed the moment the 202 has come: both happen."""
+    slave = place.slave()
+    place.http.fault = "hang"
+    ids = [slave.signal("site")]
+    wait_until(lambda: slave.json("/status?repo=site")["state"] == "running")
+    ids.append(slave.signal("site"))
+    for pid in processes_below(slave.bin.parent):
+        kill(pid, signal.SIGKILL)
+    slave.process.wait()
+    commit = place.push()
+    place.http.fault = None
+    slave.start()
+    wait_until(lambda: slave.json("/status?repo=site")["state"] != "queued", 5)
+    for update in ids:
+        record = slave.wait_update("site", update)
+        assert (record["state"], record["commit"]) == ("live", commit), record
+    check_clean(slave.repos / "site", commit)
+
+
+def accepted_is_on_disk_before_the_answer(place):
+    """The system calls between a signal and its 202: file synced, renamed, folder synced."""
+    slave = place.slave()
+    trace = place.folder / "trace"
+    calls = "fsync,fdatasync,rename,renameat,renameat2,sendto,write,sendmsg"
+    tracer = subprocess.Popen(["strace", "-f", "-y", "-s", "64", "-e", "trace=" + calls,
+                               "-o", str(trace), "-p", str(slave.process.pid)],
+                              stderr=subprocess.PIPE)
+    tracer.stderr.readline()  # attached
+    slave.signal("site")
+    tracer.terminate()
+    tracer.wait(10)
+    tracer.stderr.close()
+    text = trace.read_text()
+    before = text[:text.index("HTTP/1.1 202")]
+    order = [r"fsync\(\d+<[^>]*site\.json\.[^>]*>", r"rename.*site\.json",
+             r"fsync\(\d+<[^>]*\.server-update>"]
+    at = 0
+    for step in order:
+        found = re.compile(step).search(before, at)
+        assert found, "no %s in\n%s" % (step, before)
+        at = found.end()
+
+
+def a_clone_is_on_disk_before_it_goes_live(place):
+    """The system calls of slave-activate: filesystem flushed, exchanged, folder flushed."""
+    place.activate()
+    place.push()
+    trace = place.folder / "trace"
+    calls = "trace=syncfs,sync,renameat2,rename,fsync"
+    process = place.start_activate(before=["strace", "-f", "-y", "-o", str(trace), "-e", calls])
+    assert process.wait(60) == 0
+    process.stdout.close()
+    text = trace.read_text()
+    flush, exchange = text.find("syncfs("), text.find("RENAME_EXCHANGE")
+    assert 0 <= flush < exchange, text
+    assert re.search(r"fsync\(\d+<[^>]*/repos>", text[exchange:]), text
+
+
+def what_was_live_survives_a_failing_upstream(place):
+    """Upstream refuses, breaks off and talks rubbish: exit 1, and the old tree as it was."""
+    place.activate()
+    first = place.repo.head()
+    place.push()
+    for fault in ("503", "cut:300", "garbage", "reset"):
+        place.http.fault = fault
+        assert place.activate()[0] == 1, fault
+        check_clean(place.tree, first)
+
+
+def a_failing_hook_keeps_what_is_live(place):
+    """pre-update says no: the old tree stays."""
+    place.activate()
+    first = place.repo.head()
+    place.push()
+    place.hook("pre-update", "exit 7\n")
+    assert place.activate()[0] == 1
+    check_clean(place.tree, first)
+
+
+def the_next_run_sweeps_what_a_killed_one_left(place):
+    """kill -9 of the whole group before it is live; the next run works and leaves nothing."""
+    commit = place.repo.head()
+    place.hook("pre-update", "kill -9 0\n")
+    process = place.start_activate()
+    process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGKILL
+    assert (place.home / "repos" / ".server-update" / "site.new").is_dir()
+    (place.hooks / "pre-update").unlink()
+    status, output = place.activate()
+    assert status == 0, output
+    check_clean(place.tree, commit)
+    state = os.listdir(str(place.home / "repos" / ".server-update"))
+    assert state == ["site.lock"]
+
+
+def a_damaged_pack_heals(place):
+    """A byte of a pack has changed that no checkout reads any more; the next clone is sound."""
+    place.activate()
+    pack = next((place.tree / ".git" / "objects" / "pack").glob("*.pack"))
+    place.push()
+    place.activate()
+    assert pack.exists()
+    data = bytearray(pack.read_bytes())
+    data[len(data) // 2] ^= 0x55
+    pack.unlink()
+    pack.write_bytes(bytes(data))
+    commit = place.push()
+    status, output = place.activate()
+    assert status == 0, output
+    check_clean(place.tree, commit)
+
+
+def a_clone_stands_alone(place):
+    """After two updates nothing in the clone depends on a tree that is gone."""
+    for _ in range(2):
+        place.activate()
+        assert not (place.tree / ".git" / "objects" / "info" / "alternates").exists()
+        check_clean(place.tree, place.repo.head())
+        place.push()
+
+
+def two_at_once_take_turns(place):
+    """Three slave-activates by hand at once: one after the other, none fails."""
+    busy, overlap = place.folder / "busy", place.folder / "overlap"
+    text = "mkdir '{busy}' || echo >'{overlap}'\nsleep 0.3\nrmdir '{busy}'\n"
+    place.hook("pre-update", text.format(busy=busy, overlap=overlap))
+    running = [place.start_activate() for _ in range(3)]
+    outputs = [process.communicate(timeout=30)[0] for process in running]
+    assert [process.returncode for process in running] == [0, 0, 0], outputs
+    assert not overlap.exists()
+
+
+# -- promise 1: a reader never sees it missing or mixed ------------------------------------------
+
+
+def a_reader_never_sees_it_missing(place):
+    """A reader by path in a tight loop over a dozen updates."""
+    place.base_url = place.upstream.base_path  # the reader leaves this process no time to serve
+    place.activate()
+    missing, over = [], threading.Event()
+
+    def read():
+        while not over.is_set():
+            try:
+                (place.tree / "first").read_bytes()
+            except OSError as error:
+                missing.append(error)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        for _ in range(READER_UPDATES):
+            place.push()
+            assert place.activate()[0] == 0
+            assert not missing, missing[0]
+    finally:
+        over.set()
+        reader.join()
+
+
+# -- promise 3: the last signal sees the last commit ---------------------------------------------
+
+
+def the_last_signal_wins(place):
+    """Signals with different refs while one runs: the last one's ref is live in the end."""
+    side = place.repo.commit({"side": "1"}, branch="side", parent=place.repo.head())
+    slave = place.slave()
+    place.http.fault = "hang"
+    slave.signal("site")
+    wait_until(lambda: slave.json("/status?repo=site")["state"] == "running")
+    slave.signal("site")
+    last = slave.signal("site", "side")
+    place.http.fault = None
+    record = slave.wait_update("site", last)
+    assert (record["state"], record["commit"], record["ref"]) == ("live", side, "side"), record
+
+
+def ids_grow_although_the_clock_went_back(place):
+    """A slave starts again with a clock that is a day behind."""
+    slave = place.slave()
+    first = slave.signal("site")
+    slave.wait_update("site", first)
+    slave.stop()
+    clock = place.folder / "clock"
+    clock.write_text(str(LONG_AGO_S))
+    slave.command[2:2] = [os.path.join(os.path.dirname(__file__), "clock.py"), str(clock)]
+    second = slave.start().signal("site")
+    assert second > first
+    assert slave.wait_update("site", second)["update"] == second
+
+
+# -- promise 4: nothing reaches outside ----------------------------------------------------------
+
+
+def no_name_reaches_outside_by_hand(place):
+    """slave-activate ../outside, with such a repository upstream."""
+    place.base_url = place.upstream.base_path
+    place.upstream.create("outside")
+    (place.home / "repos").mkdir()
+    shutil.move(str(place.upstream.folder / "outside.git"), str(place.folder / "outside.git"))
+    status, output = place.activate("../outside")
+    assert status == 2, output
+    assert sorted(os.listdir(str(place.home))) == ["repos"]
+
+
+def no_name_reaches_outside_by_http(place):
+    """The slave refuses it by itself, before anything is run."""
+    slave = place.slave()
+    for name in ("../outside", "%2e%2e/x", "..", "a/b", "-x"):
+        assert slave.get("/?repo=" + name)[0] == 400, name
+    assert slave.json("/status")["repos"] == {}
+
+
+def an_unsigned_signal_is_refused(place):
+    """With a secret, a signal without a signature starts nothing."""
+    secret = place.folder / "secret"
+    secret.write_text("0123456789abcdef\n")
+    secret.chmod(0o600)
+    slave = place.slave(SECRET_FILE=secret)
+    assert slave.get("/?repo=site")[0] == 401
+    assert not (slave.repos / "site").exists()
+
+
+def nothing_of_a_run_outlives_it(place):
+    """What a hook leaves running in the background is gone soon after the update."""
+    place.hook("post-update", "sleep 300 >/dev/null 2>&1 &\n")
+    slave = place.slave()
+    assert slave.wait_update("site")["state"] == "live"
+    wait_until(lambda: processes_below(slave.bin.parent) == [slave.process.pid], 5,
+               what="a run that leaves nothing")
+
+
+# -- promises 5 and 6: every slave accounted for, the exit status right --------------------------
+
+
+def a_dead_slave_is_no_success(place):
+    """One slave live, one that nobody listens on: exit 1."""
+    slave = place.slave()
+    entry, holder = refusing_entry()
+    with holder:
+        status, output = place.update([slave.url, entry])
+    assert status == 1, output
+    assert re.search(re.escape(entry) + ".*unreachable", output)
+
+
+def a_failed_update_is_no_success(place):
+    """Upstream is down: the slave says failed, server-update exit 1."""
+    slave = place.slave()
+    place.http.fault = "503"
+    record = slave.wait_update("site")
+    assert (record["state"], record["commit"]) == ("failed", None), record
+    status, output = place.update([slave.url])
+    assert status == 1, output
+
+
+def different_commits_are_no_success(place):
+    """Two slaves whose upstreams differ: both live, exit 1."""
+    behind = place.folder / "behind"
+    shutil.copytree(str(place.upstream.folder), str(behind))
+    slaves = [place.slave(), place.slave(BASE_URL=behind)]
+    place.push()
+    status, output = place.update([slave.url for slave in slaves], "--json")
+    summary = json.loads(output.splitlines()[-1])
+    assert summary["outcomes"] == {"live": 2}, output
+    assert (status, len(summary["commits"])) == (1, 2), output
+
+
+def what_is_told_as_live_is_live(place):
+    """The commit in the result is the one in the tree, at the moment the result comes."""
+    slave = place.slave()
+    place.update([slave.url])
+    for _ in range(3):
+        commit = place.push()
+        status, output = place.update([slave.url], "--json")
+        result = json.loads(output.splitlines()[1])
+        check_clean(slave.repos / "site", commit)
+        assert (status, result["outcome"], result["commit"]) == (0, "live", commit), output
+
+
+def a_replaced_update_is_no_success(place):
+    """Somebody else's signal, with another ref, takes the place of ours: exit 1."""
+    place.repo.commit({"side": "1"}, branch="side", parent=place.repo.head())
+    slave = place.slave()
+    place.http.fault = "hang"
+    slave.signal("site")
+    wait_until(lambda: slave.json("/status?repo=site")["state"] == "running")
+    answers = []
+    waiting = threading.Thread(target=lambda: answers.append(place.update([slave.url])))
+    waiting.start()
+    wait_until(lambda: slave.json("/status?repo=site")["state"] == "queued")
+    slave.signal("site", "side")
+    place.http.fault = None
+    waiting.join(40)
+    assert answers[0][0] == 1, answers
+
+
+def a_restart_between_signal_and_outcome_is_seen_through(place):
+    """The slave is killed and started again while server-update waits for the outcome."""
+    slave = place.slave()
+    place.http.fault = "hang"
+    answers = []
+    waiting = threading.Thread(target=lambda: answers.append(place.update([slave.url], "--json")))
+    waiting.start()
+    wait_until(lambda: slave.json("/status")["repos"].get("site", {}).get("state") == "running")
+    for pid in processes_below(slave.bin.parent):
+        kill(pid, signal.SIGKILL)
+    slave.process.wait()
+    time.sleep(0.5)  # a poll must meet nobody
+    place.http.fault = None
+    slave.start()
+    waiting.join(40)
+    status, output = answers[0]
+    assert status == 0, output
+    assert json.loads(output.splitlines()[1])["commit"] == place.repo.head()
+
+
+SCENARIOS = [
+    accepted_survives_a_loss_of_power, accepted_is_on_disk_before_the_answer,
+    a_clone_is_on_disk_before_it_goes_live, what_was_live_survives_a_failing_upstream,
+    a_failing_hook_keeps_what_is_live, the_next_run_sweeps_what_a_killed_one_left,
+    a_damaged_pack_heals, a_clone_stands_alone, two_at_once_take_turns,
+    a_reader_never_sees_it_missing, the_last_signal_wins, ids_grow_although_the_clock_went_back,
+    no_name_reaches_outside_by_hand, no_name_reaches_outside_by_http,
+    an_unsigned_signal_is_refused, nothing_of_a_run_outlives_it, a_dead_slave_is_no_success,
+    a_failed_update_is_no_success, different_commits_are_no_success, what_is_told_as_live_is_live,
+    a_replaced_update_is_no_success, a_restart_between_signal_and_outcome_is_seen_through,
+]

@@ -1,0 +1,19 @@
+"""Each small attack on the product itself; test_mutations proves that each can fail."""
+import shutil
+
+import pytest
+from conftest import SOURCES
+from scenarios import SCENARIOS, Place
+
+NEEDS_STRACE = {"accepted_is_on_disk_before_the_answer", "a_clone_is_on_disk_before_it_goes_live"}
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
+def test_the_promise_is_kept_when(scenario, tmp_path):
+    if scenario.__name__ in NEEDS_STRACE and not shutil.which("strace"):
+        pytest.skip("no strace here")
+    place = Place(tmp_path / "place", SOURCES)
+    try:
+        scenario(place)
+    finally:
+        place.close()
