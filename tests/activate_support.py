@@ -1,0 +1,155 @@
+"""slave-activate in a home of its own, for the tests of that script."""
+
+import hashlib
+import os
+import stat
+import subprocess
+
+from conftest import SOURCES
+from upstream import copy_scripts, run_git
+
+TIMEOUT_S = 60
+
+
+class Result:
+    """How a run ended: status, out, err (text), and the last line of err."""
+
+    def __init__(self, status, out, err):
+        self.status = status
+        self.out, self.err = (text.decode("utf-8", "replace") for text in (out, err))
+        self.last = self.err.rstrip("\n").split("\n")[-1]
+
+    def __repr__(self):
+        return "<exit %s, stdout %r, stderr %s>" % (self.status, self.out, self.err)
+
+
+class Activate:
+    """Runs a copy of slave-activate that stands alone in a folder; call it as activate("r").
+
+    `base` is BASE_URL; `prefix` goes before the script in argv (a shell, strace).
+    """
+
+    def __init__(self, folder, base, repos=None):
+        self.bin = copy_scripts(SOURCES, folder / "activate", "slave-activate")
+        self.script = self.bin / "slave-activate"
+        self.home = folder / "home"
+        self.repos = repos or self.home / "repos"
+        self.state = self.repos / ".server-update"
+        self.hooks = folder / "hooks"
+        self.hooks.mkdir(exist_ok=True)
+        self.settings = {
+            "CONF": "/dev/null",
+            "BASE_URL": str(base),
+            "REPOS_DIR": str(self.repos),
+            "HOOKS_DIR": str(self.hooks),
+        }
+
+    def environment(self, extra=None):
+        """The environment of a run."""
+        ours = {"SERVER_UPDATE_" + key: value for key, value in self.settings.items()}
+        return dict(os.environ, **dict(ours, **(extra or {})))
+
+    def start(self, *args, prefix=(), env=None, **kwargs):
+        """Start it in a process group of its own, as slave.py does; the Popen."""
+        kwargs.setdefault("stdout", subprocess.PIPE)
+        kwargs.setdefault("stderr", subprocess.PIPE)
+        return subprocess.Popen(
+            [*prefix, str(self.script), *args],
+            env=self.environment(env),
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            **kwargs,
+        )
+
+    def __call__(self, *args, timeout=TIMEOUT_S, **kwargs):
+        """Run it to its end."""
+        process = self.start(*args, **kwargs)
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+        return Result(process.returncode, out or b"", err or b"")
+
+    def good(self, *args, **kwargs):
+        """Run it; it must end live and leave nothing. (new commit, old commit)."""
+        result = self(*args, **kwargs)
+        assert result.status == 0, result
+        name, new, old = result.out.split(" ")
+        assert (name, old[-1]) == (args[0], "\n"), result
+        assert self.leftovers() == [], result
+        return new, old[:-1]
+
+    def live(self, repo="r"):
+        """The live tree's path."""
+        return self.repos / repo
+
+    def head(self, repo="r"):
+        """The commit that is live."""
+        return run_git("rev-parse", "HEAD", cwd=str(self.live(repo)))
+
+    def leftovers(self):
+        """What is in the state folder and should not be there between runs."""
+        return sorted(name for name in os.listdir(str(self.state)) if not name.endswith(".lock"))
+
+    def packs(self, repo="r"):
+        """The names of the live clone's packs."""
+        return sorted(path.name for path in self.live(repo).glob(".git/objects/pack/*.pack"))
+
+    def hook(self, name, text, mode=0o755):
+        """Write a hook."""
+        path = self.hooks / name
+        path.write_text("#!/bin/sh\n" + text, encoding="utf-8")
+        path.chmod(mode)
+        return path
+
+
+def snapshot(tree):
+    """A hash of a whole tree: names, kinds, modes, owners, times and contents."""
+    digest = hashlib.sha256()
+    for folder, folders, files in os.walk(str(tree)):
+        folders.sort()
+        for name in sorted(folders + files) + ["."]:
+            path = os.path.join(folder, name)
+            info = os.lstat(path)
+            fields = (path, info.st_mode, info.st_uid, info.st_mtime_ns, info.st_size)
+            digest.update(repr(fields).encode("utf-8", "surrogateescape"))
+            if stat.S_ISLNK(info.st_mode):
+                digest.update(os.fsencode(os.readlink(path)))
+            elif stat.S_ISREG(info.st_mode):
+                with open(path, "rb") as handle:
+                    digest.update(handle.read())
+    return digest.hexdigest()
+
+
+def git(tree, *args, **kwargs):
+    """git in a work tree; its stdout."""
+    return run_git(*args, cwd=str(tree), **kwargs)
+
+
+def clone_facts(tree):
+    """What makes two clones of the same upstream equal, apart from where they are."""
+    config = git(tree, "config", "--local", "--list").split("\n")
+    return {
+        "head": git(tree, "symbolic-ref", "-q", "HEAD", check=False),
+        "commit": git(tree, "rev-parse", "-q", "--verify", "HEAD", check=False),
+        "refs": git(tree, "for-each-ref", "--format=%(refname) %(objectname) %(symref)"),
+        "config": sorted(config),
+        "status": git(tree, "status", "--porcelain", "--ignored"),
+        "files": git(tree, "ls-files", "-s"),
+        "shallow": (tree / ".git/shallow").exists(),
+        "alternates": sorted(str(path) for path in (tree / ".git").rglob("alternates")),
+    }
+
+
+def assert_fresh(activate, url, folder, *options, repo="r"):
+    """The live tree equals what `git clone` gives (into `folder`), and is sound by itself."""
+    run_git("clone", "-q", *options, url, folder)
+    assert clone_facts(activate.live(repo)) == clone_facts(folder)
+    fsck = subprocess.run(
+        ["git", "fsck", "--full", "--no-dangling"],
+        cwd=str(activate.live(repo)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    assert (fsck.returncode, b"error" in fsck.stdout) == (0, False), fsck.stdout
