@@ -755,7 +755,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     default_request_version = "HTTP/1.0"  # a request without a version gets a whole answer too
-    server_version, sys_version = "server-update/" + VERSION, ""
+    server_version, sys_version = "server-update", VERSION
     timeout = SEND_TIMEOUT_S
     disable_nagle_algorithm = True
     wbufsize = -1  # one write an answer
@@ -793,6 +793,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
             self.answer()
         except Refusal as refusal:
             status, text, *headers = refusal.args
+            self.close_connection |= has_more
             self.server.log_refusal("refused with %d from %s: %s: %s" % (
                 status, self.client_address[0], text, self.requestline[:200]))
             self.send_json(status, {"error": text}, *headers)

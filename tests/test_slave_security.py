@@ -21,6 +21,7 @@ from upstream import wait_until
 
 SECRET = "a secret that nobody knows"
 OTHER = "another one, for the change"
+NEW_SECRET = "(umask 077; openssl rand -hex 32 >{0})"
 DIFFERENT = {"error": "signature missing or wrong"}
 
 
@@ -198,24 +199,22 @@ def test_the_secret_changes_without_a_gap(signed_slave, tmp_path):
         (
             "",
             0o600,
-            "secret file '{0}' has no secret in it; do: (umask 077; openssl rand -hex 32 >{0})",
+            "secret file '{0}' has no secret in it; do: " + NEW_SECRET,
         ),
         (
             "\n \n",
             0o600,
-            "secret file '{0}' has no secret in it; do: (umask 077; openssl rand -hex 32 >{0})",
+            "secret file '{0}' has no secret in it; do: " + NEW_SECRET,
         ),
         (
             "fifteen letters",
             0o600,
-            "secret file '{0}' has a line of less than 16 bytes; "
-            "do: (umask 077; openssl rand -hex 32 >{0})",
+            "secret file '{0}' has a line of less than 16 bytes; do: " + NEW_SECRET,
         ),
         (
             SECRET + "\nshort\n",
             0o600,
-            "secret file '{0}' has a line of less than 16 bytes; "
-            "do: (umask 077; openssl rand -hex 32 >{0})",
+            "secret file '{0}' has a line of less than 16 bytes; do: " + NEW_SECRET,
         ),
     ],
 )

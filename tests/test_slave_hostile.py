@@ -1,0 +1,290 @@
+"""slave.py on a hostile network, and in a real browser."""
+
+import http.client
+import json
+import os
+import random
+import re
+import shutil
+import socket
+import subprocess
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from test_slave import rss_kib, stand_in
+from upstream import wait_until
+
+DRIPPERS = 300  # connections that send a header's byte a second
+SILENT = 50  # connections that never send anything
+BROKEN = int(os.environ.get("BROKEN", 20000))  # requests
+FUZZERS = 4
+KNOWN = (b"200", b"202", b"400", b"405", b"408", b"404", b"414", b"431", b"503", b"505")
+LATEST_S = 1.0  # for a normal client's signal meanwhile
+MAX_GROWTH_KIB = 20000
+
+
+def connect(port):
+    return socket.create_connection(("127.0.0.1", port), 10)
+
+
+def exchange(port, data, half_close=True):
+    """Sends raw bytes; all that comes back until the other side closes."""
+    with connect(port) as connection:
+        try:
+            connection.sendall(data)
+            if half_close:
+                connection.shutdown(socket.SHUT_WR)
+            got = b""
+            while len(got) < 1 << 20:
+                more = connection.recv(1 << 16)
+                if not more:
+                    break
+                got += more
+        except ConnectionError:
+            return b""
+        return got
+
+
+class Crowd:
+    """Drippers and silent ones, each taken up again when it is dropped."""
+
+    def __init__(self, port):
+        self.port, self.stopped, self.connections = port, threading.Event(), []
+        self.drops = 0
+        self.thread = threading.Thread(target=self.run)
+        self.thread.start()
+
+    def run(self):
+        head = b"GET /?repo=dripped HTTP/1.1\r\nX-Long: " + b"x" * 99999
+        places = [None] * (DRIPPERS + SILENT)
+        while not self.stopped.wait(1):
+            for number, place in enumerate(places):
+                try:
+                    if place is None:
+                        place = places[number] = [connect(self.port), 0]
+                        place[0].setblocking(False)
+                    if number < DRIPPERS:
+                        place[0].send(head[place[1] : place[1] + 1])
+                        place[1] += 1
+                    elif place[0].recv(1) == b"":
+                        raise ConnectionResetError()
+                except BlockingIOError:
+                    pass
+                except OSError:
+                    self.drops += 1
+                    if place:
+                        place[0].close()
+                    places[number] = None
+        for place in places:
+            if place:
+                place[0].close()
+
+    def stop(self):
+        self.stopped.set()
+        self.thread.join()
+
+
+def broken_requests(dice):
+    """Requests that nobody should send, without end."""
+    methods = [b"GET", b"HEAD", b"POST", b"PUT", b"DELETE", b"OPTIONS", b"CONNECT", b"get", b"G" * 99]
+    paths = [b"/", b"/get/", b"/status", b"/healthz", b"//", b"/../../etc/passwd", b"*", b"/%2e%2e/",
+             b"/get/../get/", b"http://evil.example/", b"HTTP://x/get/", b"evil.example:443"]
+    repos = [b"..%2f..%2fetc", b"%00", b"a%0ab", b"%ff%fe", b"%c0%ae%c0%ae", b"\xff\xfe", b"x" * 101,
+             b"x" * 9000, b"a/b", b"%", b"%zz", b"%E2%80%AE", b"a;id", b"$(id)", b"-x", b".git", b"a\0b",
+             b"", b"a&repo=b", b"a.git", b"hanuman&update=" + b"9" * 99, b"a&ref=-x", b"a&ref=%ff",
+             b"a&ref=a..b", b"a&wait=1e9", b"a&wait=-1", b"a&ref=" + b"r" * 256]
+    headers = [b"Content-Length: 5\r\nContent-Length: 6", b"Content-Length: " + b"9" * 99,
+               b"Content-Length: -1", b"Transfer-Encoding: chunked", b"Expect: 100-continue",
+               b": nameless", b"no colon", b" folded", b"X: \0\x01", b"X: " + b"y" * 9000,
+               b"\r\n".join(b"H%d: 1" % number for number in range(150)), b"\xff: \xff",
+               b"Connection: keep-alive, close", b"X-Server-Update-Signature: t=1", b"Host:"]
+    kinds = [
+        lambda: bytes(dice.randrange(256) for _ in range(dice.randrange(1, 300))) + b"\r\n\r\n",
+        lambda: b"GET /" + b"a" * dice.randrange(8000, 70000) + b" HTTP/1.1\r\n\r\n",
+        lambda: b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 10000 + b"\r\n",
+        lambda: dice.choice([b"GET /?repo=..\r\n\r\n", b"GET\r\n\r\n", b"\r\n\r\n", b"GET  / HTTP/1.1\r\n"
+                             b"\r\n", b"GET / HTTP/9.9\r\n\r\n", b"GET / HTTP/1.1 x\r\n\r\n"]),
+        lambda: b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nffffffffff\r\n" + b"z" * 999,
+        lambda: b"GET /?repo=.. HTTP/1.1\r\n\r\n" * dice.randrange(2, 20),
+        lambda: b"GET /?repo=half HTTP/1.1\r\nHost: x",
+    ]
+    while True:
+        if dice.random() < 0.3:
+            yield dice.choice(kinds)()
+        else:
+            target = dice.choice(paths) + b"?repo=" + dice.choice(repos)
+            chosen = dice.sample(headers, dice.randrange(3))
+            line = b" ".join([dice.choice(methods), target, b"HTTP/1." + dice.choice([b"0", b"1"])])
+            yield b"\r\n".join([line] + chosen) + b"\r\n\r\n" + b"body" * dice.randrange(3)
+
+
+def fuzz(port, seed, count):
+    """Sends broken requests; the answers that were not such as they must be."""
+    requests, wrong = broken_requests(random.Random(seed)), []
+    for _ in range(count):
+        data = next(requests)
+        got = exchange(port, data)
+        for status, body in re.findall(rb"HTTP/1\.1 (\d+) .*?\r\n\r\n([^\r]*)", got, re.DOTALL):
+            if status not in KNOWN or b"Traceback" in body or re.search(rb"[^ -~\n]", body):
+                wrong.append((data[:200], got[:300]))
+        if got and not got.startswith(b"HTTP/1.1 "):
+            wrong.append((data[:200], got[:300]))
+    return wrong
+
+
+def test_a_hostile_network(start_slave, tmp_path):
+    slave = start_slave()
+    stand_in(slave)
+    slave.wait_update()
+    before, memory, slowest = set(tmp_path.rglob("*")), rss_kib(slave), 0
+    crowd = Crowd(slave.port)
+    try:
+        wait_until(lambda: crowd.drops > 20, 20, what="a full house")
+        with ThreadPoolExecutor(FUZZERS) as pool:
+            fuzzers = [pool.submit(fuzz, slave.port, seed, BROKEN // FUZZERS)
+                       for seed in range(FUZZERS)]
+            while not all(fuzzer.done() for fuzzer in fuzzers):
+                began = time.monotonic()
+                assert slave.get("/?repo=hanuman", timeout=10)[0] == 202
+                slowest = max(slowest, time.monotonic() - began)
+                time.sleep(0.2)
+            wrong = [one for fuzzer in fuzzers for one in fuzzer.result()]
+    finally:
+        crowd.stop()
+    assert slowest < LATEST_S
+    assert rss_kib(slave) - memory < MAX_GROWTH_KIB
+    assert not wrong, wrong[:3]
+    new = {str(path) for path in set(tmp_path.rglob("*")) - before}
+    assert not [path for path in new if str(slave.home / "repos") not in path], "only clones, records"
+    assert {path.name for path in slave.state.iterdir()} <= {"hanuman.json", "a.json"}
+    log = slave.log()
+    assert "Traceback" not in log and "internal error" not in log
+    assert all(line.isprintable() for line in log.splitlines())
+    assert "more requests refused" in log
+    assert slave.wait_update()["state"] == "live"
+    wait_until(lambda: len(os.listdir("/proc/%d/task" % slave.process.pid)) <= 4, 15,
+               what="all connections to end")
+
+
+def test_a_header_has_ten_seconds_in_all(start_slave):
+    slave = start_slave()
+    with connect(slave.port) as slow, connect(slave.port) as silent, connect(slave.port) as idle:
+        idle.sendall(b"GET /healthz HTTP/1.1\r\n\r\n")
+        assert idle.recv(999).startswith(b"HTTP/1.1 200 ")
+        began = time.monotonic()
+        for connection in (slow, silent, idle):
+            connection.settimeout(0.2)
+        open_ones = {slow: 0, silent: 0, idle: 0}
+        while not all(open_ones.values()) and time.monotonic() < began + 14:
+            for connection in [one for one, ended in open_ones.items() if not ended]:
+                try:
+                    if connection is slow:
+                        slow.send(b"x")
+                    if connection.recv(99) == b"":
+                        open_ones[connection] = time.monotonic() - began
+                except socket.timeout:
+                    pass
+                except ConnectionError:
+                    open_ones[connection] = time.monotonic() - began
+        assert all(9 < ended < 12 for ended in open_ones.values()), open_ones.values()
+
+
+@pytest.mark.parametrize("data, status", [
+    (b"GET /" + b"a" * 8200 + b" HTTP/1.1\r\n\r\n", 414),
+    (b"GET / HTTP/1.1\r\nX: " + b"a" * 8200 + b"\r\n\r\n", 431),
+    (b"GET / HTTP/1.1\r\n" + (b"X: " + b"a" * 5000 + b"\r\n") * 5 + b"\r\n", 431),
+    (b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 150 + b"\r\n", 431),
+    (b"NONSENSE\r\n\r\n", 400), (b"GET / HTTP/x\r\n\r\n", 400), (b"GET / HTTP/2.0\r\n\r\n", 505),
+    (b"POST /?repo=a HTTP/1.1\r\nContent-Length: 3\r\n\r\nabc", 405),
+    (b"BREW / HTTP/1.1\r\n\r\n", 405), (b"get / HTTP/1.1\r\n\r\n", 405),
+    (b"GET http://x/healthz HTTP/1.1\r\n\r\n", 200), (b"GET http://x HTTP/1.1\r\n\r\n", 200),
+    (b"GET /healthz\r\n\r\n", 200), (b"GET /?repo=\xc3\xa9 HTTP/1.1\r\n\r\n", 400),
+    (b"GET /healthz HTTP/1.1\nHost: x\n\n", 200),
+    (b"GET /?repo=a HTTP/1.1\r\nHost: x\r\n", None), (b"GET /?repo=a HTTP/1.1", None),
+])
+def test_odd_requests(start_slave, data, status):
+    slave = start_slave()
+    answer = exchange(slave.port, data)
+    if status is None:
+        assert answer == b"", "a request that was cut off is none"
+    else:
+        assert answer.startswith(b"HTTP/1.1 %d " % status)
+        if status >= 400:
+            body = json.loads(answer.partition(b"\r\n\r\n")[2].decode())
+            assert list(body) == ["error"]
+        if status == 405:
+            assert b"\r\nAllow: GET, HEAD\r\n" in answer
+    assert not list(slave.state.iterdir())
+
+
+def test_pipelined_requests_and_one_write_an_answer(start_slave):
+    slave = start_slave()
+    connection = http.client.HTTPConnection("127.0.0.1", slave.port, timeout=5)
+    connection.connect()
+    began = time.monotonic()
+    for _ in range(50):
+        connection.request("GET", "/healthz")
+        assert connection.getresponse().read() == b"ok\n"
+    assert time.monotonic() - began < 1, "no Nagle delay of 40 ms each"
+    connection.close()
+    answers = exchange(slave.port, b"GET /healthz HTTP/1.1\r\n\r\n" * 5)
+    assert answers.count(b"HTTP/1.1 200 OK") == 5
+
+
+def test_a_large_body_gets_its_answer(start_slave):
+    slave = start_slave()
+    for length in (10, 60000):
+        status, headers, _ = slave.get("/", method="POST", headers={"Content-Length": str(length)})
+        assert (status, headers["Connection"]) == (405, "close")
+    with connect(slave.port) as connection:
+        connection.sendall(b"POST / HTTP/1.1\r\nContent-Length: 99999999\r\n\r\n")
+        began = time.monotonic()
+        assert connection.recv(999).startswith(b"HTTP/1.1 405 ")
+        try:
+            while time.monotonic() < began + 20:
+                connection.sendall(b"x" * 65536)
+        except ConnectionError:
+            pass
+        assert time.monotonic() - began < 5, "bodies are never read without bound"
+
+
+def test_a_reader_that_stops_reading_holds_up_nobody(start_slave, tmp_path):
+    page = tmp_path / "page"
+    page.write_bytes(b"x" * 30_000_000)
+    slave = start_slave(args=[page])
+    readers = []
+    for _ in range(260):
+        reader = socket.socket()
+        reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        reader.connect(("127.0.0.1", slave.port))
+        reader.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        readers.append(reader)
+    assert slave.get("/healthz")[0] == 200  # from here on the kernel's buffers are full
+    for _ in range(5):
+        began = time.monotonic()
+        assert slave.get("/healthz")[0] == 200
+        assert time.monotonic() - began < LATEST_S
+    for reader in readers:
+        reader.close()
+
+
+def test_a_real_browser_shows_the_served_file(start_slave, tmp_path):
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if not chromium:
+        pytest.skip("chromium is not installed (apt-get install chromium)")
+    page = tmp_path / "page.html"
+    page.write_text("<!DOCTYPE html><meta charset=utf-8><title>Hanuman lives</title>"
+                    "<h1 id=seen></h1><script>document.getElementById('seen').textContent ="
+                    " 'title: ' + document.title + ' \\u2713'</script>", encoding="utf-8")
+    slave = start_slave(args=[page])
+    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
+               "--no-first-run", "--disable-background-networking", "--disable-component-update",
+               "--disable-sync", "--user-data-dir=%s" % (tmp_path / "profile"),
+               "--virtual-time-budget=2000", "--dump-dom", slave.url + "/"]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, timeout=60)
+    shown = done.stdout.decode("utf-8")
+    assert "<title>Hanuman lives</title>" in shown, done.stderr.decode()[-2000:]
+    assert '<h1 id="seen">title: Hanuman lives \u2713</h1>' in shown
