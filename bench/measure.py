@@ -1,7 +1,8 @@
 """Runs commands and measures them, watches a tree that is updated, keeps the values.
 
 A row's result file is {"row", "date", "groups": [{"title", "note", "ours", "results": [{"who",
-"values": {metric: [one value a run]}}]}]}; "ours" is who the ratios are to; report.py names the metrics.
+"values": {metric: [one value a run]}}]}]}; "ours" is who the ratios are to; report.py names the
+metrics.
 """
 
 import datetime

@@ -20,7 +20,8 @@ import plot
 
 HEAD = """# Benchmarks
 
-Made by `sh bench/run` on {date}; not to be edited (the last part is `bench/notes.md`). Medians of {runs} or more runs in turns.
+Made by `sh bench/run` on {date}; not to be edited (the last part is `bench/notes.md`).
+Medians of {runs} or more runs in turns.
 
 ![time and memory]({picture})
 """
@@ -48,7 +49,7 @@ TOOLS = [
     ("python-with-flask", "-c", FLASK),
 ]
 HERE = os.path.dirname(os.path.abspath(__file__))
-ROW_ORDER = ["update", "broadcast", "signals", "fleet"]
+ROW_ORDER = ["update", "fanout", "daemon", "fleet"]
 
 # metric: what its column is called, how a value is written
 METRICS = {
@@ -59,6 +60,9 @@ METRICS = {
     "disk": ("extra disk", "MB"),
     "memory": ("memory", "MB"),
     "broken": ("missing or mixed", "ms"),
+    "idle": ("idle", "MB"),
+    "some": ("after 10,000 signals", "MB"),
+    "many": ("after 100,000 more", "MB"),
     "rate": ("signals per second", "1/s"),
     "p99": ("99 % within", "ms"),
 }

@@ -82,7 +82,7 @@ class Sshd:
         self.server = self.write("sshd_config", SERVER.format(**values))
         self.client = self.write("ssh_config", CLIENT.format(**values))
         path = shutil.which("sshd", path=os.environ["PATH"] + ":/usr/sbin:/sbin")
-        self.process = subprocess.Popen((path, "-D", "-e", "-f", self.server))
+        self.process = subprocess.Popen((path, "-D", "-f", self.server))
         wait_for(values["port"], self.process)
 
     def write(self, name, text):

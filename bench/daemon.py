@@ -1,0 +1,177 @@
+#!/usr/bin/env python3
+"""What a slave costs: memory, signals per second, how long they take, beside Flask and webhook.
+
+    daemon.py --work DIR --results DIR [--quick]
+
+All three run the same script for a signal, one that ends at once. slave.py writes each signal to
+disk before it answers, and runs the script once for all the signals that came meanwhile; the
+others start it for every signal, and forget the signal if they are killed.
+"""
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+
+import clients
+import measure
+import sshd
+
+ROUNDS = 5
+SECONDS = 1.5
+NUMBERS = (1, 16, 256)
+SOME, MANY = 10000, 100000
+OURS = "slave.py"
+ZEROES = "0" * 40
+SCRIPT = f'#!/bin/sh\necho "$1 {ZEROES} {ZEROES}"\n'
+FLASK = """
+import logging, subprocess, sys
+from flask import Flask, request
+app = Flask(__name__)
+@app.route("/")
+def signal():
+    subprocess.Popen(["slave-activate", request.args["repo"]], stdout=subprocess.DEVNULL)
+    return "ok"
+logging.getLogger("werkzeug").setLevel(logging.ERROR)
+app.run("127.0.0.1", int(sys.argv[1]), threaded=True)
+"""
+
+
+class Slave:
+    """One contestant: a started daemon, its port and the path of a signal."""
+
+    def __init__(self, who, work):
+        self.folder = os.path.join(work, re.sub(r"\W", "", who))
+        os.makedirs(self.folder)
+        self.port, self.path = sshd.free_port(), "/?repo=hanuman"
+        program = os.path.join(self.folder, "slave-activate")
+        with open(program, "w", encoding="ascii") as handle:
+            handle.write(SCRIPT)
+        os.chmod(program, 0o755)
+        env = dict(os.environ, PATH=self.folder + ":" + os.environ["PATH"], HOME=self.folder)
+        env.update(SERVER_UPDATE_BIND="127.0.0.1", SERVER_UPDATE_REPOS_DIR=self.folder + "/repos")
+        argv = {OURS: self.ours, "Flask": self.flask, "webhook": self.webhook}[who]()
+        null = subprocess.DEVNULL
+        self.process = subprocess.Popen(argv, env=env, stdin=null, stdout=null, stderr=null)
+        self.wait_until_up()
+
+    def ours(self):
+        program = os.path.join(measure.ROOT, "slave.py")
+        return [sys.executable, "-I", program, "--port", str(self.port)]
+
+    def flask(self):
+        return ["python-with-flask", "-c", FLASK, str(self.port)]
+
+    def webhook(self):
+        """Debian's package of github.com/adnanh/webhook; it answers before the script ends."""
+        hook = {
+            "id": "update",
+            "execute-command": os.path.join(self.folder, "slave-activate"),
+            "pass-arguments-to-command": [{"source": "url", "name": "repo"}],
+        }
+        path = os.path.join(self.folder, "hooks.json")
+        with open(path, "w", encoding="ascii") as handle:
+            json.dump([hook], handle)
+        self.path = "/hooks/update?repo=hanuman"
+        return ["webhook", "-hooks", path, "-ip", "127.0.0.1", "-port", str(self.port)]
+
+    def wait_until_up(self):
+        url = f"http://127.0.0.1:{self.port}{self.path}"
+        end = time.monotonic() + 10
+        while time.monotonic() < end and self.process.poll() is None:
+            try:
+                urllib.request.urlopen(url, timeout=5).close()
+                return
+            except OSError:
+                time.sleep(0.05)
+        raise measure.Failed(f"{self.folder}: not up")
+
+    def memory(self):
+        """Resident memory, in MB, with all that is mapped; without the scripts it started."""
+        with open(f"/proc/{self.process.pid}/status", encoding="ascii") as handle:
+            return int(re.search(r"VmRSS:\s+(\d+)", handle.read()).group(1)) / 1000
+
+    def stop(self):
+        self.process.terminate()
+        try:
+            self.process.wait(15)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+def contestants():
+    """Who can be had; who cannot is said loudly."""
+    found = [OURS]
+    for who, program in (("Flask", "python-with-flask"), ("webhook", "webhook")):
+        if shutil.which(program):
+            found.append(who)
+        else:
+            measure.skip(who, f"no {program}")
+    return found
+
+
+def load(slave, number, seconds):
+    """One run's values: signals per second, and what 99 of 100 were answered within, in ms."""
+    run = clients.Clients(slave.port, slave.path, number)
+    took = run.run(seconds=seconds)
+    times = sorted(run.latencies)
+    return {"rate": len(times) / took, "p99": times[int(len(times) * 0.99)] * 1000}
+
+
+def grow(slave, signals):
+    """The slave's memory after so many signals from 16 clients."""
+    clients.Clients(slave.port, slave.path, 16).run(signals=signals)
+    return slave.memory()
+
+
+def measure_rates(args, results, running):
+    groups = {}
+    for number in NUMBERS[:2] if args.quick else NUMBERS:
+        title = f"Signals from {number} client" + ("s" if number > 1 else "")
+        groups[number] = results.group(title, OURS, kind="daemon", situation=str(number))
+    for turn in range(1 if args.quick else ROUNDS):
+        whos = list(running)
+        for who in whos[turn % len(whos) :] + whos[: turn % len(whos)]:
+            for number, group in groups.items():
+                values = load(running[who], number, 0.2 if args.quick else SECONDS)
+                measure.Results.add(group, who, values)
+
+
+def measure_all(args, results):
+    memory = results.group("Memory of a slave", OURS, kind="daemon", situation="memory")
+    running = {who: Slave(who, args.work) for who in contestants()}
+    some, many = (100, 1000) if args.quick else (SOME, MANY)
+    try:
+        for who, slave in running.items():
+            values = {"idle": slave.memory(), "some": grow(slave, some)}
+            measure.Results.add(memory, who, values)
+        measure_rates(args, results, running)
+        measure.Results.add(memory, OURS, {"many": grow(running[OURS], many)})
+    finally:
+        for slave in running.values():
+            slave.stop()
+    for group in results.groups:
+        group["results"].sort(key=lambda result: list(running).index(result["who"]))
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", required=True)
+    parser.add_argument("--results", required=True)
+    parser.add_argument("--quick", action="store_true")
+    args = parser.parse_args(argv)
+    results = measure.Results("daemon")
+    try:
+        measure_all(args, results)
+    except (measure.Failed, OSError) as error:
+        sys.exit(f"daemon.py: {error}")
+    results.write(args.results)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
