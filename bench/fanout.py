@@ -3,7 +3,7 @@
 
     fanout.py --work DIR --results DIR [--quick]
 
-The slaves are addresses of 127.0.0.0/8, all answered by slaves.py; those that are dead drop packets.
+The slaves are addresses of 127.0.0.0/8, answered by slaves.py; those that are dead drop packets.
 """
 import argparse
 import os

@@ -21,7 +21,7 @@ import plot
 HEAD = """# Benchmarks
 
 Made by `sh bench/run` on {date}; not to be edited (the last part is `bench/notes.md`).
-Medians of {runs} or more runs in turns.
+Medians of {runs} runs in turns, unless a note says otherwise.
 
 ![time and memory]({picture})
 """
@@ -159,14 +159,14 @@ def read_results(folder):
     return groups, max(dates, default="")
 
 
-def fewest_runs(groups):
-    """How many timed runs the contestant with the fewest had."""
+def usual_runs(groups):
+    """How many timed runs most contestants had."""
     counts = [
         len(result["values"].get("seconds", result["values"].get("rate", [])))
         for group in groups
         for result in group["results"]
     ]
-    return min(filter(None, counts), default=0)
+    return max(counts, key=counts.count, default=0)
 
 
 def first_line(*argv):
@@ -220,7 +220,7 @@ def page(groups, date, work, picture):
     with open(os.path.join(HERE, "notes.md"), encoding="utf-8") as handle:
         notes = handle.read()
     parts = [
-        HEAD.format(date=date, picture=picture, runs=fewest_runs(groups)),
+        HEAD.format(date=date, picture=picture, runs=usual_runs(groups)),
         "".join(f"- {line}\n" for line in machine(work)),
         SHOWN,
         table(["", "measured", "holds"], claims.rows(groups, medians)),

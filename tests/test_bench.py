@@ -1,0 +1,134 @@
+"""The benchmark works, at its smallest, and its page says what was measured."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from xml.etree import ElementTree
+
+import pytest
+from conftest import ROOT
+
+REPORT = str(ROOT / "bench" / "report.py")
+
+
+def run(*argv, **env):
+    return subprocess.run(
+        argv,
+        env=dict(os.environ, PYTHONDONTWRITEBYTECODE="1", **env),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        universal_newlines=True,
+        encoding="utf-8",
+    )
+
+
+def group(title, plot=None, **results):
+    found = [{"who": who.replace("_", "-"), "values": values} for who, values in results.items()]
+    facts = {"kind": "middle", "situation": "one small commit", "note": ""}
+    return dict(facts, title=title, ours="slave-activate", plot=plot or {}, results=found)
+
+
+@pytest.fixture
+def page(tmp_path):
+    """Writes results, runs the report on them; the page's text."""
+
+    def write(*groups):
+        found = {"row": "update", "date": "2026-11-23", "groups": groups}
+        (tmp_path / "update.json").write_text(json.dumps(found), encoding="utf-8")
+        out = tmp_path / "page.md"
+        done = run(sys.executable, REPORT, "--results", str(tmp_path), "--out", str(out))
+        assert done.returncode == 0, done.stdout
+        return out.read_text(encoding="utf-8")
+
+    return write
+
+
+def rows(text, who):
+    heads = ("| %s |" % who, "| **%s** |" % who)
+    return [line for line in text.splitlines() if line.startswith(heads)]
+
+
+def test_ratios_come_first_and_are_of_medians(page):
+    ours = {"seconds": [0.2, 9.0, 0.25], "wire": [0.003], "broken": [0]}
+    clone = {"seconds": [2.0, 2.0, 99.0], "wire": [105.0], "broken": [1234]}
+    text = page(group("A repository", slave_activate=ours, git_clone=clone))
+    ratio, absolute = rows(text, "git-clone")
+    assert ratio == "| git-clone | 8.0 × | 35,000 × | 1,234 ms |"
+    assert absolute == "| git-clone | 2.00 s (2.00 s .. 99.0 s) | 105 MB | 1,234 ms |"
+    assert rows(text, "slave-activate") == [
+        "| **slave-activate** | 1.00 × | 1.00 × | 0 ms |",
+        "| **slave-activate** | 250 ms (200 ms .. 9.00 s) | 3 KB | 0 ms |",
+    ]
+    assert text.index("## Ratios") < text.index("## Absolute figures")
+
+
+def test_a_bound_that_is_missed_says_no(page):
+    ours, clone = {"seconds": [0.5]}, {"seconds": [2.0]}
+    found = {"slave-activate": ours, "rm -rf && git clone": clone}
+    text = page(group("A repository", **found))
+    (row,) = [line for line in text.splitlines() if "at least 8 times" in line]
+    assert row.endswith("| 4 | **no** |")
+    found["slave-activate"] = {"seconds": [0.25]}
+    text = page(group("A repository", **found))
+    (row,) = [line for line in text.splitlines() if "at least 8 times" in line]
+    assert row.endswith("| 8 | yes |")
+    (row,) = [line for line in text.splitlines() if "git's own, one small commit: a clone" in line]
+    assert row.endswith("| not measured |  |")
+
+
+def test_the_page_tells_day_machine_versions_and_keeps_the_notes(page):
+    text = page(group("A repository", slave_activate={"seconds": [1.0]}))
+    assert "on 2026-11-23" in text
+    assert re.search(r"^- \d+ cores \(.*\), \d+ GB of memory, Linux .*, files on \w+", text, re.M)
+    assert re.search(r"^- git version \d", text, re.M)
+    assert text.endswith((ROOT / "bench" / "notes.md").read_text(encoding="utf-8"))
+
+
+def test_the_plot_has_a_curve_for_each_with_all_its_points(page, tmp_path):
+    def values(seconds):
+        return {"seconds": [seconds], "memory": [10 * seconds]}
+
+    for_each = {files: values(files / 1e4) for files in (500, 40, 5000)}
+    page(
+        *[
+            group("A", {"files": files}, **{"slave-activate": ours, "the limit": values(1)})
+            for files, ours in for_each.items()
+        ]
+    )
+    svg = ElementTree.parse(str(tmp_path / "page.svg")).getroot()
+    curves = svg.findall("{http://www.w3.org/2000/svg}polyline")
+    assert [len(curve.get("points").split()) for curve in curves] == [3, 3, 3, 3]
+    across = [float(point.split(",")[0]) for point in curves[0].get("points").split()]
+    assert across == sorted(across)
+    words = [text.text for text in svg.findall("{http://www.w3.org/2000/svg}text")]
+    assert {"time", "memory", "files in the tree", "slave-activate", "the limit"} <= set(words)
+
+
+def test_every_row_works_at_its_smallest(tmp_path):
+    out = tmp_path / "docs" / "benchmarks.md"
+    options = ("--quick", "--no-peers", "--out", str(out))
+    done = run("sh", str(ROOT / "bench" / "run"), *options, BENCH_DIR=str(tmp_path / "bench"))
+    assert done.returncode == 0, done.stdout
+    text = out.read_text(encoding="utf-8")
+    for title in ("first clone", "unchanged", "one small commit", "A signal to 10 slaves",
+                  "Memory of a slave", "Signals from 16 clients", "on 2 real slaves"):
+        assert title in text
+    assert [path.name for path in (tmp_path / "bench").glob("work.*")] == []
+    limit = [line for line in text.splitlines() if line.startswith("| the limit")]
+    assert len(limit) == 4  # unchanged and one small commit, ratio and absolute
+
+
+def test_an_unknown_row_is_a_mistake(tmp_path):
+    done = run("sh", str(ROOT / "bench" / "run"), "updates", BENCH_DIR=str(tmp_path / "bench"))
+    assert (done.returncode, done.stdout) == (
+        2,
+        "bench: unknown row or option 'updates'; see --help\n",
+    )
+
+
+def test_no_results_are_a_mistake(tmp_path):
+    done = run(sys.executable, REPORT, "--results", str(tmp_path))
+    assert done.returncode == 1
+    assert done.stdout == "report.py: no results in %s\n" % tmp_path
