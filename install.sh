@@ -69,7 +69,7 @@ conf, asked = {"SERVER_UPDATE_CONF": sys.argv[2]}, dict(os.environ, SERVER_UPDAT
 try:
     now = slave.read_settings(conf if os.path.exists(sys.argv[2]) else asked, {})
 except slave.Mistake as mistake:
-    sys.exit("install.sh: %s" % str(mistake).split(" (set by")[0])
+    sys.exit("install.sh: %s" % mistake.args[0].split(" (set by")[0])
 print(now["REPOS_DIR"], now["PORT"], sep="\n")
 print("# A line with # shows what holds without it. To change that, remove the # and restart.")
 for key, (default, _, meaning) in slave.SETTINGS.items():

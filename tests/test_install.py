@@ -1,0 +1,680 @@
+"""install.sh: what it writes, says and refuses, into folders of its own (DESTDIR or --prefix)."""
+
+import os
+import re
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+
+import pytest
+from upstream import copy_scripts, wait_until
+
+from conftest import PYTHON, SOURCES
+
+SCRIPTS = ("install.sh", "server-update", "slave.py", "slave-activate", "slavelist.txt")
+SHELLS = ("dash", "busybox ash", "bash")
+KILL_POINTS = 12  # at how many of its commands an install is killed
+AT_ONCE = 6
+MAX_EXPOSURE = 4.0
+SERVICE = "server-update-slave"
+UNIT = "etc/systemd/system/%s.service" % SERVICE
+OPENRC = "etc/init.d/" + SERVICE
+SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+SLAVE_FILES = {
+    "bin/slave-activate": "-> /usr/local/bin/slave-activate",
+    "etc/server-update/slave.conf": "644",
+    UNIT: "644",
+    "usr/local/bin/slave-activate": "755",
+    "usr/local/bin/slave.py": "755",
+    "usr/local/share/man/man8/slave-activate.8": "644",
+    "usr/local/share/man/man8/slave.py.8": "644",
+}
+MASTER_FILES = {
+    "etc/server-update/slavelist.txt": "644",
+    "usr/local/bin/server-update": "755",
+    "usr/local/share/man/man1/server-update.1": "644",
+}
+
+
+class Installer:
+    """A checkout, in a path with a blank, and runs of its install.sh."""
+
+    def __init__(self, folder):
+        self.folder = copy_scripts(SOURCES, folder / "a checkout", *SCRIPTS)
+        self.stage = folder / "a stage"
+
+    def run(self, *args, shell="sh", staged=True, before=(), env=None):
+        """Run it, into the stage unless told otherwise; a CompletedProcess."""
+        env = dict(os.environ, **(env or {}))
+        if staged:
+            env["DESTDIR"] = str(self.stage)
+        command = [*before, *shell.split(), str(self.folder / "install.sh"), *args]
+        return subprocess.run(
+            command,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            universal_newlines=True,
+            timeout=60,
+        )
+
+    def check(self, *args, **kwargs):
+        """The same for what must succeed; what it said."""
+        done = self.run(*args, **kwargs)
+        assert (done.returncode, done.stderr) == (0, ""), done
+        return done.stdout
+
+    def refused(self, *args, status=2, **kwargs):
+        """The same for what must fail, in one line, and touch nothing; that line."""
+        before = contents(self.stage)
+        done = self.run(*args, **kwargs)
+        assert (done.returncode, done.stdout) == (status, ""), done
+        assert contents(self.stage) == before
+        assert done.stderr.count("\n") == 1, done.stderr
+        return done.stderr.rstrip("\n")
+
+
+@pytest.fixture
+def installer(tmp_path):
+    return Installer(tmp_path)
+
+
+@pytest.fixture
+def as_user():
+    """What makes a command run as somebody who is not root."""
+    if os.getuid():
+        return ()
+    command = ("unshare", "--user", "--map-user=65534", "--map-group=65534")
+    if not shutil.which("unshare") or subprocess.call([*command, "true"]):
+        pytest.skip("being somebody else than root needs user namespaces here")
+    return command
+
+
+def files(folder):
+    """{path: mode, or where a link goes}"""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_symlink():
+            found[name] = "-> " + os.readlink(str(path))
+        elif path.is_file():
+            found[name] = "%o" % stat.S_IMODE(path.stat().st_mode)
+    return found
+
+
+def contents(folder):
+    """All that a run could change below a folder: names, modes, contents, times."""
+    found = {}
+    for path in [folder, *sorted(folder.rglob("*"))] if folder.exists() else []:
+        info = path.lstat()
+        text = path.read_bytes() if stat.S_ISREG(info.st_mode) else None
+        time = info.st_mtime_ns if text is not None else None
+        found[str(path)] = (info.st_mode, time, text)
+    return found
+
+
+# --- what it writes ---
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_staged_slave_is_these_files(installer, as_user, shell):
+    out = installer.check("slave", shell=shell, before=as_user)
+    assert files(installer.stage) == SLAVE_FILES
+    for name in ("slave.py", "slave-activate"):
+        written = (installer.stage / "usr/local/bin" / name).read_bytes()
+        assert written == (installer.folder / name).read_bytes()
+    assert "service" not in out.replace(SERVICE + ".service", "")
+    folders = [path for path in installer.stage.rglob("*") if path.is_dir()]
+    assert {stat.S_IMODE(path.stat().st_mode) for path in folders} == {0o755}
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_staged_master_is_these_files(installer, as_user, shell):
+    installer.check("master", "web1", "[::1]:80", shell=shell, before=as_user)
+    assert files(installer.stage) == MASTER_FILES
+    text = (installer.stage / "etc/server-update/slavelist.txt").read_text()
+    assert text.startswith((installer.folder / "slavelist.txt").read_text().rstrip("\n"))
+    assert text.endswith("\nweb1\n[::1]:80\n")
+
+
+def test_a_second_run_changes_nothing_and_says_so(installer):
+    for args in (["slave", "--serve", "/srv/a page"], ["master", "web1", "--new-secret"]):
+        installer.check(*args)
+        before = contents(installer.stage)
+        out = installer.check(*args)
+        assert out.endswith("Nothing had to be changed in %s/usr/local.\n" % installer.stage)
+        assert "wrote" not in out and "replaced" not in out
+        assert contents(installer.stage) == before
+
+
+def test_a_strict_umask_makes_no_difference(installer):
+    installer.check("slave", before=("sh", "-c", 'umask 077; exec "$@"', "sh"))
+    assert files(installer.stage) == SLAVE_FILES
+
+
+def test_an_upgrade_replaces_scripts_and_keeps_settings_user_and_served_file(installer):
+    installer.check("slave", "--user", "nobody", "--serve", "/srv/a page", "--port", "80")
+    conf = installer.stage / "etc/server-update/slave.conf"
+    conf.write_text(conf.read_text() + "TIMEOUT=5\n")
+    with (installer.folder / "slave-activate").open("a") as script:
+        script.write("# newer\n")
+    (installer.stage / "usr/local/bin/slave.py").chmod(0o700)
+    out = installer.check("slave", "--port", "81")
+    bin_folder = str(installer.stage / "usr/local/bin/")
+    assert out.splitlines()[:3] == [
+        "replaced %s/slave-activate" % bin_folder,
+        "replaced %s/slave.py" % bin_folder,
+        "kept %s, which has no line 'PORT=81': add it if you want it" % conf,
+    ]
+    assert conf.read_text().endswith("TIMEOUT=5\n") and "\nPORT=80\n" in conf.read_text()
+    unit = (installer.stage / UNIT).read_text()
+    assert "\nUser=nobody\n" in unit
+    assert "\nExecStart=\"/usr/local/bin/slave.py\" '/srv/a page'\n" in unit
+    installer.check("slave", "--serve", "")
+    assert '\nExecStart="/usr/local/bin/slave.py"\n' in (installer.stage / UNIT).read_text()
+
+
+def test_a_slave_that_is_not_in_the_list_is_told_and_not_added(installer):
+    installer.check("master", "web1")
+    before = contents(installer.stage)
+    out = installer.check("master", "web1", "web2")
+    list_file = installer.stage / "etc/server-update/slavelist.txt"
+    assert out.splitlines()[0] == (
+        "kept %s, which has no line 'web2': add it if you want it" % list_file
+    )
+    assert "'web1'" not in out and contents(installer.stage) == before
+
+
+def test_new_secret_is_for_its_owner_only_and_kept(installer):
+    out = installer.check("master", "--new-secret")
+    secret = installer.stage / "etc/server-update/secret"
+    assert re.fullmatch(r"[0-9a-f]{64}\n", secret.read_text())
+    assert stat.S_IMODE(secret.stat().st_mode) == 0o600
+    assert secret.read_text().strip() not in out
+    command = "umask 077; cd /etc/server-update; cat >secret; chown USER secret"
+    assert "  ssh root@SLAVE '%s' \\\n    <'%s'\n" % (command, secret) in out
+    before = contents(installer.stage)
+    assert "kept %s\n" % secret in installer.check("master", "--new-secret")
+    assert contents(installer.stage) == before
+
+
+def test_the_settings_shown_are_the_defaults(installer, slave):
+    installer.check("slave")
+    conf = installer.stage / "etc/server-update/slave.conf"
+    defaults = slave.read_settings({"SERVER_UPDATE_CONF": "/dev/null"}, {})
+    assert slave.read_settings({"SERVER_UPDATE_CONF": str(conf)}, {}) == defaults
+    shown = re.sub(r"(?m)^#([A-Z_]+=)", r"\1", conf.read_text())
+    assert set(re.findall(r"(?m)^([A-Z_]+)=", shown)) == set(defaults)
+    conf.write_text(shown)
+    assert slave.read_settings({"SERVER_UPDATE_CONF": str(conf)}, {}) == defaults
+
+
+def test_uninstall_leaves_settings_and_what_is_not_ours(installer):
+    (installer.stage / "usr/local/share/bash-completion").mkdir(parents=True)
+    installer.check("slave", "--repos", "/srv/my clones")
+    installer.check("master", "--new-secret")
+    other = installer.stage / "usr/local/bin/other"
+    other.write_text("not ours\n")
+    ours = set(files(installer.stage)) - {
+        "usr/local/bin/other",
+        "etc/server-update/secret",
+        "etc/server-update/slave.conf",
+        "etc/server-update/slavelist.txt",
+    }
+    completion = "usr/local/share/bash-completion/completions/server-update"
+    assert ours == {*SLAVE_FILES, *MASTER_FILES, completion} - {
+        "etc/server-update/slave.conf",
+        "etc/server-update/slavelist.txt",
+    }
+    out = installer.check("uninstall")
+    assert {line.split(" ", 1)[1] for line in out.splitlines()[:-1]} == {
+        str(installer.stage / name) for name in ours
+    }
+    assert out.splitlines()[-1] == (
+        "kept: the settings in %s/etc/server-update, the clones in /srv/my clones"
+        % installer.stage
+    )
+    assert not ours & set(files(installer.stage)) and other.exists()
+    assert "Nothing had to be changed" in installer.check("uninstall")
+
+
+@pytest.mark.parametrize("role", ["slave", "master", "uninstall"])
+def test_a_dry_run_tells_every_action_and_does_none(installer, role):
+    if role == "uninstall":
+        installer.check("slave")
+    args = [role] + ["--new-secret"] * (role == "master")
+    before = contents(installer.stage)
+    told = installer.check(*args, "--dry-run")
+    assert contents(installer.stage) == before
+    done = installer.check(*args)
+    pairs = {"write": "wrote", "make": "made", "link": "linked", "remove": "removed"}
+    would = re.findall(r"(?m)^would (\w+) (.*)", told)
+    assert len(would) >= 3
+    assert ["%s %s" % (pairs[verb], what) for verb, what in would] == re.findall(
+        r"(?m)^(?:%s) .*" % "|".join(pairs.values()), done
+    )
+
+
+# --- somebody's own folder, with blanks everywhere ---
+
+
+def test_without_root_from_nothing_to_an_update(installer, as_user, upstream, tmp_path):
+    commit = upstream.create("hanuman", files={"file": "one\n"}).head()
+    home = tmp_path / "my home"
+    home.mkdir()
+    env = {"HOME": str(home)}
+    prefix = ["--prefix", str(home / ".local")]
+    args = ["--repos", str(home / "my repos"), "--base-url", upstream.base_path, "--port", "0"]
+    out = installer.check("slave", *prefix, *args, staged=False, before=as_user, env=env)
+    command = re.search(r"To start slave.py as .*\n  (.*)\n", out).group(1)
+    log_file = tmp_path / "log"
+    with log_file.open("wb") as log:
+        command = ["sh", "-c", "exec env " + command]
+        env.update(PATH=os.environ["PATH"])
+        slave = subprocess.Popen(command, env=env, stdout=log, stderr=log)
+    try:
+        listening = re.compile(r"listening on port (\d+)")
+        found = wait_until(lambda: listening.search(log_file.read_text()), 15, what="slave.py")
+        port = found.group(1)
+        out = installer.check(
+            "master", "127.0.0.1:" + port, *prefix, staged=False, before=as_user, env=env
+        )
+        command = re.search(r"then here:\n  (.*) NAME\n", out).group(1)
+        done = subprocess.check_output(["sh", "-c", command + " hanuman"]).decode()
+        assert commit[:7] in done and "live" in done
+    finally:
+        slave.terminate()
+        slave.wait()
+    assert (home / "my repos/hanuman/file").read_text() == "one\n"
+    out = installer.check("uninstall", *prefix, staged=False, before=as_user, env=env)
+    assert out.endswith("the clones in %s/my repos\n" % home)
+    assert set(files(home / ".local")) == {
+        "etc/server-update/slave.conf",
+        "etc/server-update/slavelist.txt",
+    }
+
+
+# --- what it refuses ---
+
+ROLES = "unknown role '%s': it is master, slave or uninstall; see ./install.sh --help"
+PATHS = "--prefix and --serve take absolute paths without quotes, \\, $ and %"
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        ([], ROLES % ""),
+        (["slaves"], ROLES % "slaves"),
+        (["slave", "--frob"], "unknown option '--frob': see ./install.sh --help"),
+        (["slave", "--port"], "--port needs a value"),
+        (["slave", "web1"], "slave takes no 'web1'"),
+        (["slave", "--new-secret"], "not for slave: --new-secret"),
+        (["master", "--port=80"], "not for master: --port"),
+        (["uninstall", "--user", "x"], "not for uninstall: --user"),
+        (["slave", "--port", "80x"], "bad PORT '80x'"),
+        (["slave", "--port", "65536"], "bad PORT '65536'"),
+        (["slave", "--base-url", "--upload-pack=x"], "bad BASE_URL '--upload-pack=x'"),
+        (["slave", "--repos", "clones"], "bad REPOS_DIR 'clones'"),
+        (["slave", "--user", "a b"], "bad user name 'a b'"),
+        (["slave", "--prefix", "opt"], PATHS),
+        (["slave", "--serve", "/a'b"], PATHS),
+    ],
+)
+def test_mistakes_in_the_arguments(installer, args, message):
+    assert installer.refused(*args) == "install.sh: " + message
+
+
+def test_a_wrong_slave_is_refused_with_the_words_of_server_update(installer):
+    assert installer.refused("master", "web1", "web2:80x") == (
+        "server-update: standard input:2: bad port '80x'"
+    )
+
+
+def test_mistakes_in_settings_that_are_there_stop_an_upgrade(installer):
+    installer.check("master")
+    installer.check("slave")
+    list_file = installer.stage / "etc/server-update/slavelist.txt"
+    list_file.write_text("web1\nweb2:80x\n")
+    assert installer.refused("master") == "server-update: %s:2: bad port '80x'" % list_file
+    conf = installer.stage / "etc/server-update/slave.conf"
+    conf.write_text("PORT=80\nFOO=1\n")
+    assert installer.refused("slave") == "install.sh: %s:2: unknown setting 'FOO'" % conf
+
+
+def test_not_root_and_no_prefix_is_told_what_to_do(installer, as_user):
+    assert installer.refused("slave", staged=False, before=as_user, status=1) == (
+        "install.sh: not root: use sudo, or a folder of your own, as in --prefix \"$HOME/.local\""
+    )
+
+
+def tools_without(folder, *missing):
+    """A PATH that has all tools but these."""
+    folder.mkdir()
+    for place in reversed(os.environ["PATH"].split(os.pathsep)):
+        for name in os.listdir(place) if os.path.isdir(place) else []:
+            target = folder / name
+            if name not in missing:
+                if target.is_symlink():
+                    target.unlink()
+                target.symlink_to(os.path.join(place, name))
+    return {"PATH": str(folder)}
+
+
+def test_a_missing_tool_is_named(installer, tmp_path):
+    no_git = tools_without(tmp_path / "no-git", "git")
+    assert installer.refused("slave", env=no_git, status=1) == (
+        "install.sh: no git: install it first"
+    )
+    assert "wrote" in installer.check("master", env=no_git)
+    no_python = tools_without(tmp_path / "no-python", "python3")
+    for role in ("slave", "master"):
+        assert installer.refused(role, env=no_python, status=1) == (
+            "install.sh: no python3: install it first"
+        )
+
+
+FAKE_PYTHON = """#!/bin/sh
+[ "$1" = -c ] || exec %s "$@"
+exec %s -c 'import sys; %s; exec(sys.argv[1])' "$2"
+"""
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ("sys.version_info = (3, 6, 9)", "python3 is 3.6 here, and must be 3.7 or newer"),
+        (
+            "sys.modules['ctypes'] = None",
+            "ModuleNotFoundError: import of ctypes halted; None in sys.modules",
+        ),
+    ],
+)
+def test_a_python_that_is_too_old_or_incomplete_is_told(installer, tmp_path, change, message):
+    folder = tmp_path / "tools"
+    folder.mkdir()
+    change = change.replace("'", "'\\''")
+    (folder / "python3").write_text(FAKE_PYTHON % (PYTHON, PYTHON, change))
+    (folder / "python3").chmod(0o755)
+    env = {"PATH": str(folder) + os.pathsep + os.environ["PATH"]}
+    for role in ("slave", "master"):
+        assert installer.refused(role, env=env, status=1) == "install.sh: " + message
+
+
+def test_a_target_that_cannot_be_written_is_told(installer, as_user):
+    installer.stage.mkdir(mode=0o555)
+    assert installer.refused("slave", before=as_user, status=1) == (
+        "install.sh: cannot write %s/usr/local/bin/slave-activate: Permission denied"
+        % installer.stage
+    )
+    installer.stage.chmod(0o755)
+    (installer.stage / "usr/local/bin/slave.py").mkdir(parents=True)
+    done = installer.run("slave")
+    assert done.returncode == 1 and done.stderr == (
+        "install.sh: %s/usr/local/bin/slave.py is a folder, and should be a file: "
+        "move it away first\n" % installer.stage
+    )
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_full_and_a_read_only_disk_are_told(installer, small_disk, shell):
+    installer.stage = small_disk(8 * 4096)
+    done = installer.run("slave", shell=shell)
+    assert done.returncode == 1
+    assert re.fullmatch(
+        r"install.sh: cannot write %s/\S+: No space left on device\n"
+        % re.escape(str(installer.stage)),
+        done.stderr,
+    )
+    assert not [name for name in files(installer.stage) if name.endswith(".new")]
+    subprocess.check_call(["mount", "-o", "remount,ro", str(installer.stage)])
+    done = installer.run("slave", shell=shell)
+    assert done.returncode == 1 and done.stderr.endswith(": Read-only file system\n")
+    assert done.stderr.count("\n") == 1
+
+
+def test_help_names_every_option(installer):
+    out = installer.check("--help")
+    text = (installer.folder / "install.sh").read_text()
+    for option in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+(?= [|)]|\))", text)) - {"--help"}:
+        assert "  %s" % option in out
+    assert out.startswith("install.sh master [SLAVE...]") and "set -eu" not in out
+
+
+# --- killed, and two at once ---
+
+WRAPPER = """#!/bin/sh
+# Counts its calls; the one whose number is KILL_AT (or a later one, in a pipe) kills the install
+# in place of doing its work.
+echo >>"$COUNT"
+if [ "$(%(wc)s -l <"$COUNT")" -ge "$KILL_AT" ]; then
+  kill -KILL "$(%(cat)s "$COUNT.pid")" "$PPID"
+  exit 137
+fi
+exec %(tool)s "$@"
+"""
+TOOLS = "cat chmod cmp dirname find grep id ln mkdir mv python3 readlink rm sed sh tail touch tr"
+
+
+def make_wrappers(folder):
+    folder.mkdir()
+    places = {name: shutil.which(name) for name in TOOLS.split() + ["wc"]}
+    for name in TOOLS.split():
+        text = WRAPPER % {"tool": places[name], "wc": places["wc"], "cat": places["cat"]}
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    return str(folder) + os.pathsep + os.environ["PATH"]
+
+
+def test_killed_at_any_command_the_next_run_completes(installer, tmp_path):
+    path, count = make_wrappers(tmp_path / "tools"), tmp_path / "count"
+    wanted = Installer(tmp_path / "reference")
+    wanted.check("slave", "--port", "80")
+
+    def run_killed_at(number):
+        """Run it in a fresh stage; how many commands it ran."""
+        count.write_text("")
+        shutil.rmtree(str(installer.stage), ignore_errors=True)
+        note_pid = ("/bin/sh", "-c", 'echo $$ >"$COUNT.pid"; exec "$@"', "sh")
+        env = {"PATH": path, "COUNT": str(count), "KILL_AT": str(number or 10**6)}
+        done = installer.run("slave", "--port", "80", env=env, before=note_pid, shell="/bin/sh")
+        assert done.returncode == (-signal.SIGKILL if number else 0), done
+        return count.read_text().count("\n")
+
+    total = run_killed_at(0)
+    assert total > KILL_POINTS
+    for point in range(KILL_POINTS):
+        run_killed_at(1 + point * (total - 1) // (KILL_POINTS - 1))
+        installer.check("slave", "--port", "80")
+        assert files(installer.stage) == files(wanted.stage)
+        for name, mode in SLAVE_FILES.items():
+            if not mode.startswith("->"):
+                assert (installer.stage / name).read_bytes() == (wanted.stage / name).read_bytes()
+
+
+def test_many_at_once_end_in_one_whole_install(installer, tmp_path):
+    newer = Installer(tmp_path / "newer")
+    newer.stage = installer.stage
+    for name in ("slave.py", "slave-activate"):
+        with (newer.folder / name).open("a") as script:
+            script.write("# newer\n")
+    env = dict(os.environ, DESTDIR=str(installer.stage))
+    running = [
+        subprocess.Popen(
+            ["sh", str(one.folder / "install.sh"), "slave"],
+            env=env,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        for one in [installer, newer] * (AT_ONCE // 2)
+    ]
+    for process in running:
+        assert (process.communicate()[1], process.returncode) == (b"", 0)
+    assert files(installer.stage) == SLAVE_FILES
+    for name in ("slave.py", "slave-activate"):
+        written = (installer.stage / "usr/local/bin" / name).read_bytes()
+        assert written in [(one.folder / name).read_bytes() for one in (installer, newer)]
+
+
+# --- services ---
+
+
+def staged_unit(installer, *args):
+    """The unit, made to name the staged slave.py, for tools that look for it."""
+    installer.check("slave", *args)
+    unit = installer.stage.parent / (SERVICE + ".service")
+    text = (installer.stage / UNIT).read_text()
+    unit.write_text(text.replace('ExecStart="/', 'ExecStart="%s/' % installer.stage))
+    return unit
+
+
+def need(tool):
+    if not shutil.which(tool):
+        pytest.skip("no %s here" % tool)
+
+
+def test_the_unit_is_sound_and_well_closed(installer):
+    need("systemd-analyze")
+    for args in ([], ["--prefix", "/opt/my tools", "--serve", "/srv/a page", "--user", "alice"]):
+        unit = staged_unit(installer, *args)
+        done = subprocess.run(
+            ["systemd-analyze", "verify", "--man=no", str(unit)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        ours = [line for line in done.stdout.decode().splitlines() if SERVICE in line]
+        assert (done.returncode, ours) == (0, [])
+        out = subprocess.check_output(
+            ["systemd-analyze", "security", "--offline=true", "--no-pager", str(unit)]
+        ).decode()
+        exposure = float(re.search(r"Overall exposure level for .*: ([\d.]+)", out).group(1))
+        assert exposure <= MAX_EXPOSURE, out
+
+
+def test_the_unit_says_why_beside_each_line_that_is_open(installer):
+    unit = staged_unit(installer).read_text()
+    for line in (
+        "RestrictAddressFamilies=",
+        "ProtectSystem=full",
+        "CapabilityBoundingSet=",
+        "UMask=0022",
+        "MemoryDenyWriteExecute=no",
+    ):
+        assert re.search(r"(?m)^# Open: .+\n%s" % re.escape(line), unit), line
+    for line in (
+        "After=network-online.target\nWants=network-online.target",
+        "Restart=on-failure",
+        "TimeoutStopSec=20",
+        "KillMode=mixed",
+    ):
+        assert "\n%s\n" % line in unit
+
+
+STUB_OPENRC_RUN = """#!/bin/sh
+# does what openrc-run and supervise-daemon.sh do with a service script, and prints it all
+need() { echo "need $*"; }
+use() { echo "use $*"; }
+checkpath() { echo "checkpath $*"; }
+supervise_daemon() { for word in "$@"; do echo "<$word>"; done; }
+. "$1"
+depend
+start_pre
+eval supervise_daemon ${command_user+--user} $command_user ${error_log+--stderr} $error_log \
+  --retry $retry --respawn-delay $respawn_delay --respawn-max $respawn_max \
+  $command -- $command_args $command_args_foreground
+echo "supervisor $supervisor, PATH $PATH"
+"""
+
+
+@pytest.mark.parametrize("shell", ["busybox ash", "dash"])
+def test_the_openrc_script_starts_the_slave(installer, tmp_path, shell):
+    (installer.stage / "sbin").mkdir(parents=True)
+    (installer.stage / "sbin/openrc-run").write_text("")
+    installer.check(
+        "slave", "--prefix", "/opt/my tools", "--serve", "/srv/a page", "--user", "nobody"
+    )
+    assert files(installer.stage)[OPENRC] == "755" and UNIT not in files(installer.stage)
+    stub = tmp_path / "openrc-run"
+    stub.write_text(STUB_OPENRC_RUN)
+    script = installer.stage / OPENRC
+    assert script.read_text().startswith("#!/sbin/openrc-run\n")
+    assert subprocess.call([*shell.split(), "-n", str(script)]) == 0
+    out = subprocess.check_output([*shell.split(), str(stub), str(script)]).decode()
+    assert out.splitlines() == [
+        "need net",
+        "use dns",
+        "checkpath --file --owner nobody --mode 0640 /var/log/server-update-slave.log",
+        *["<--user>", "<nobody>", "<--stderr>", "</var/log/server-update-slave.log>"],
+        *["<--retry>", "<TERM/20/KILL/5>", "<--respawn-delay>", "<5>", "<--respawn-max>", "<0>"],
+        *["</opt/my tools/bin/slave.py>", "<-->", "</srv/a page>"],
+        "supervisor supervise-daemon, PATH /opt/my tools/bin:" + SYSTEM_PATH,
+    ]
+    before = contents(installer.stage)
+    installer.check("slave", "--prefix", "/opt/my tools")
+    assert contents(installer.stage) == before  # user and served file are kept
+
+
+# --- man pages and completion ---
+
+
+@pytest.mark.parametrize(
+    "name, section", [("server-update", 1), ("slave.py", 8), ("slave-activate", 8)]
+)
+def test_a_man_page_is_the_help(installer, name, section):
+    installer.check("master" if section == 1 else "slave")
+    page = installer.stage / ("usr/local/share/man/man%d/%s.%d" % (section, name, section))
+    text = page.read_text()
+    head, _, body = text.partition(".SH DESCRIPTION\n.nf\n")
+    assert re.search(r"\n\.TH %s %d\n\.SH NAME\n%s \\- \w.*\n$" % (name, section, name), head)
+    assert not re.search(r"(?m)^[.']|(?<!\\)-", body)
+    plain = re.sub(r"\\(-|e|&)", lambda m: {"-": "-", "e": "\\", "&": ""}[m.group(1)], body)
+    interpreter = "sh" if name == "slave-activate" else "python3"
+    env = dict(os.environ, COLUMNS="80", NO_COLOR="1")
+    script = str(installer.folder / name)
+    assert plain == subprocess.check_output([interpreter, script, "--help"], env=env).decode()
+
+
+COMPLETE = r"""
+set -o history
+history -s 'server-update --status'
+history -s 'cd /; server-update --ref v1 hanuman'
+history -s 'echo server-update-this'
+history -s 'sudo server-update site'
+. "$1"; shift
+COMP_WORDS=("$@")
+COMP_CWORD=$(($# - 1))
+_server_update
+printf '%s\n' "${COMPREPLY[@]}"
+complete -p server-update
+"""
+
+
+@pytest.fixture
+def complete(installer):
+    need("bash")
+    (installer.stage / "usr/share/bash-completion").mkdir(parents=True)
+    installer.check("master")
+    script = installer.stage / "usr/local/share/bash-completion/completions/server-update"
+
+    def run(*words):
+        """What bash offers after these words, the last of which is being typed."""
+        out = subprocess.check_output(["bash", "-c", COMPLETE, "bash", str(script), *words])
+        *offered, binding = out.decode().splitlines()
+        assert binding == "complete -o default -F _server_update server-update"
+        return [word for word in offered if word]
+
+    return run
+
+
+def test_completion_offers_options_and_names_of_earlier_updates(complete, server_update):
+    assert complete("server-update", "") == ["hanuman", "site"]
+    assert complete("server-update", "--ref", "v1", "ha") == ["hanuman"]
+    assert complete("server-update", "--li") == ["--list", "--limit"]
+    assert complete("server-update", "--list", "") == []  # bash offers files itself
+    offered = complete("server-update", "--")
+    done = subprocess.check_output([sys.executable, str(SOURCES / "server-update"), "--help"])
+    assert set(offered) == set(re.findall(r"(?m)^  (?:-\w, )?(--[a-z-]+)", done.decode()))
+    assert {"--list", "--quiet", "--json", "--status", "--help"} <= set(offered)

@@ -1,0 +1,299 @@
+"""install.sh on bare Debian machines: from nothing to an update, an upgrade, and gone again."""
+
+import re
+import subprocess
+import time
+
+import pytest
+import roots
+from upstream import Repo, copy_scripts
+
+from conftest import ROOT, SOURCES
+
+SCRIPTS = ("install.sh", "server-update", "slave.py", "slave-activate", "slavelist.txt")
+CHECKOUT = "/root/a checkout"
+SERVICE = "server-update-slave"
+STARTED = re.compile(r"To start slave.py as (\w+), .*\n  (.*)\n")
+START_TIMEOUT_S = 20
+
+
+@pytest.fixture
+def machine(tmp_path):
+    """machine(SUITE, packages, booted) -> a Machine with the scripts in CHECKOUT."""
+    if roots.why_not():
+        pytest.skip(roots.why_not())
+    machines = []
+
+    def start(suite, packages=roots.BARE, booted=False):
+        folder = tmp_path / ("machine-%d" % len(machines))
+        one = roots.Machine(roots.find_root(suite, packages), folder, booted)
+        machines.append(one)
+        copy_scripts(SOURCES, one.path(CHECKOUT), *SCRIPTS)
+        return one
+
+    yield start
+    for one in machines:
+        one.close()
+
+
+def make_upstream(machine, owner="root"):
+    """/srv/up/hanuman.git of the machine with one commit."""
+    (machine.srv / "up").mkdir()
+    repo = Repo(machine.srv / "up/hanuman.git")
+    repo.commit({"file": "one\n"})
+    machine.check("chown", "-R", owner, "/srv/up")
+    return repo
+
+
+def put_busybox_first(machine):
+    """Make busybox's ash /bin/sh, and its tools the first on PATH; the environment for that."""
+    machine.path("/bb").mkdir()
+    box = subprocess.check_output(["sh", "-c", "command -v busybox"]).decode().strip()
+    with open(box, "rb") as program:
+        machine.path("/bb/busybox").write_bytes(program.read())
+    machine.path("/bb/busybox").chmod(0o755)
+    for name in subprocess.check_output([box, "--list"]).decode().split():
+        if name != "busybox":
+            machine.path("/bb/" + name).symlink_to("busybox")
+    machine.check("ln", "-sf", "/bb/busybox", "/bin/sh")
+    assert "BusyBox" in machine.run("sh", "-c", "sh --help; ls --help").stdout
+    return {"PATH": "/bb:" + roots.PATH}
+
+
+def list_files(machine):
+    """All files that a slave, a master or an install could have written, and where links go."""
+    skipped = ["/proc", "/sys", "/dev", "/run", "/tmp", "/root/a checkout", "/srv/up"]
+    words = " -o ".join("-path '%s'" % name for name in skipped)
+    out = machine.check("sh", "-c", r"find / \( %s \) -prune -o ! -type d -print" % words)
+    return set(out.splitlines())
+
+
+def start_by_hand(machine, out, env):
+    """Run the command that install.sh printed, until slave.py listens."""
+    who, command = STARTED.search(out).groups()
+    assert who == "root"
+    log = machine.path("/run/slave.log").open("wb")
+    command = machine.command("sh", "-c", "echo $$ >/run/slave.pid; exec " + command, env=env)
+    process = subprocess.Popen(command, stdout=log, stderr=log)
+    end = time.monotonic() + START_TIMEOUT_S
+    while b"listening on port 9999" not in machine.path("/run/slave.log").read_bytes():
+        said = machine.path("/run/slave.log").read_text()
+        assert process.poll() is None and time.monotonic() < end, said
+        time.sleep(0.02)
+    return process
+
+
+@pytest.mark.parametrize("suite, tools", [(s, "") for s in roots.SUITES] + [("trixie", "busybox")])
+def test_from_a_bare_host_to_an_update_and_gone_again(machine, suite, tools):
+    bare = machine(suite)
+    env = put_busybox_first(bare) if tools else {}
+    upstream = make_upstream(bare)
+
+    def install(*args):
+        return bare.check("./install.sh", *args, env=env, cwd=CHECKOUT)
+
+    before = list_files(bare)
+    out = install("slave", "--base-url", "/srv/up")
+    assert "would" not in out and "Next, on the master: ./install.sh master " in out
+    assert "Nothing had to be changed in /usr/local.\n" in install("slave")
+    slave = start_by_hand(bare, out, env)
+    out = install("master", "127.0.0.1")
+    assert "'/usr/local/bin/server-update' NAME\n" in out
+    out = bare.check("server-update", "hanuman", env=env)
+    assert "127.0.0.1" in out and "live" in out and upstream.head()[:7] in out
+    assert bare.path("/root/repos/hanuman/file").read_text() == "one\n"
+    assert bare.check("slave-activate", "hanuman", env=env).splitlines()[-1] == "hanuman %s %s" % (
+        upstream.head(),
+        upstream.head(),
+    )
+
+    with bare.path("/etc/server-update/slave.conf").open("a") as conf:
+        conf.write("TIMEOUT=60\n")
+    with bare.path(CHECKOUT + "/slave.py").open("a") as script:
+        script.write("# newer\n")
+    out = install("slave")
+    assert "replaced /usr/local/bin/slave.py\n" in out and "slave.conf\n" not in out
+    assert bare.path("/usr/local/bin/slave.py").read_text().endswith("# newer\n")
+    assert bare.path("/etc/server-update/slave.conf").read_text().endswith("TIMEOUT=60\n")
+    assert "Nothing had to be changed" in install("slave")
+    assert "Nothing had to be changed" in install("master", "127.0.0.1")
+
+    bare.check("sh", "-c", "kill $(cat /run/slave.pid)")
+    assert slave.wait(START_TIMEOUT_S) == 0
+    assert install("uninstall").splitlines()[-1] == (
+        "kept: the settings in /etc/server-update, the clones in /root/repos"
+    )
+    left = list_files(bare) - before
+    assert {name for name in left if not name.startswith("/root/repos/")} == {
+        "/etc/server-update/slave.conf",
+        "/etc/server-update/slavelist.txt",
+    }
+    assert before <= list_files(bare)
+    assert "Nothing had to be changed" in install("uninstall")
+
+
+# --- with systemd ---
+
+
+@pytest.fixture
+def booted(machine):
+    """A machine run by systemd, with a user alice who may be reached by ssh."""
+    one = machine("trixie", roots.BOOTED, booted=True)
+    one.check("useradd", "-m", "-s", "/bin/sh", "alice")
+    return one
+
+
+def show(machine, name):
+    """A property of the service, as systemd has it."""
+    return machine.check("systemctl", "show", "-P", name, SERVICE).strip()
+
+
+def test_the_service_starts_restarts_only_on_change_and_comes_back(booted):
+    def install(*args):
+        return booted.check("./install.sh", *args, cwd=CHECKOUT)
+
+    upstream = make_upstream(booted, "alice")
+    out = install("slave", "--user", "alice", "--base-url", "/srv/up", "--port", "80")
+    started = "enabled the service %s\nreloaded units\nstarted the service %s\n"
+    assert started % (SERVICE, SERVICE) in out
+    assert "slave.py runs as alice on port 80, with its clones in /home/alice/repos;" in out
+    install("master", "127.0.0.1:80")
+    assert upstream.head()[:7] in booted.check("server-update", "hanuman")
+    assert booted.check("stat", "-c", "%U", "/home/alice/repos/hanuman") == "alice\n"
+
+    first = show(booted, "MainPID")
+    out = install("slave")
+    assert "started" not in out and "Nothing had to be changed" in out
+    assert show(booted, "MainPID") == first and show(booted, "User") == "alice"
+    assert "would restart the service" not in install("slave", "--dry-run")
+    with booted.path(CHECKOUT + "/slave.py").open("a") as script:
+        script.write("# newer\n")
+    out = install("slave", "--dry-run")
+    assert "would replace /usr/local/bin/slave.py\n" in out
+    assert "would restart the service %s\n" % SERVICE in out
+    assert show(booted, "MainPID") == first
+    assert "The service %s is left as it was." % SERVICE in install("slave", "--no-start")
+    assert show(booted, "MainPID") == first
+    assert "restarted the service" in install("slave")  # what the last run left to do
+    second = show(booted, "MainPID")
+    assert second not in (first, "0")
+    with booted.path(CHECKOUT + "/slave-activate").open("a") as script:
+        script.write("# newer\n")
+    assert "restarted" not in install("slave")  # slave-activate is read anew by each update
+
+    own = booted.path("/etc/systemd/system/%s.service.d" % SERVICE)
+    own.mkdir()
+    (own / "own.conf").write_text("[Service]\nRestartSec=100ms\n")
+    booted.check("systemctl", "daemon-reload")
+    booted.check("systemctl", "kill", "-s", "KILL", "--kill-whom=main", SERVICE)
+    end = time.monotonic() + START_TIMEOUT_S
+    while show(booted, "MainPID") in (second, "0"):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    out = install("uninstall")
+    assert "stopped %s\ndisabled %s\n" % (SERVICE, SERVICE) in out
+    assert out.endswith("the clones in /home/alice/repos\n")
+    assert booted.run("systemctl", "cat", SERVICE).returncode == 1
+
+
+def test_a_slave_that_cannot_start_is_told(booted):
+    booted.path("/etc/server-update").mkdir()
+    booted.path("/etc/server-update/slave.conf").write_text("PORT=22\nBASE_URL=/srv/up\n")
+    done = booted.run("./install.sh", "slave", cwd=CHECKOUT)
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[-1] == (
+        "install.sh: slave.py does not stay up: see journalctl -u %s" % SERVICE
+    )
+    booted.path("/etc/server-update/slave.conf").write_text("PORT=9999\nBASE_URL=/srv/up\n")
+    assert "started the service" in booted.run("./install.sh", "slave", cwd=CHECKOUT).stdout
+
+
+HOOK = """#!/bin/sh
+set -eux
+test "$(id -un) $HOME" = "alice /home/alice"
+python3 -c 'import mmap; mmap.mmap(-1, 4096, prot=7)' # writes code into memory, as node does
+echo "$3" >/srv/site/live
+touch /tmp/private
+! touch /etc/hacked
+! unshare -U true
+"""
+
+HTTPS_SERVER = """
+import functools, http.server, ssl
+handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory="/srv/up")
+server = http.server.ThreadingHTTPServer(("127.0.0.1", 8443), handler)
+context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+context.load_cert_chain("/home/alice/cert.pem", "/home/alice/key.pem")
+server.socket = context.wrap_socket(server.socket, server_side=True)
+server.serve_forever()
+"""
+
+PREPARE = """
+set -eu
+cd /home/alice
+mkdir -m 700 .ssh
+ssh-keygen -q -t ed25519 -N '' -f .ssh/id_ed25519
+cp .ssh/id_ed25519.pub .ssh/authorized_keys
+ssh-keyscan -t ed25519 127.0.0.1 >.ssh/known_hosts 2>/dev/null
+openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=127.0.0.1 \
+  -addext subjectAltName=IP:127.0.0.1 -keyout key.pem -out cert.pem 2>/dev/null
+git config -f .gitconfig http.sslCAInfo /home/alice/cert.pem
+git --git-dir=/srv/up/hanuman.git update-server-info
+chown -R alice: . /srv/up
+install -d -o alice /srv/site
+"""
+
+
+def test_updates_by_ssh_and_https_and_hooks_work_inside_the_restrictions(booted):
+    upstream = make_upstream(booted, "alice")
+    booted.check("sh", "-c", PREPARE)
+    hooks = booted.path("/etc/server-update/hooks")
+    hooks.mkdir(parents=True)
+    (hooks / "post-update").write_text(HOOK)
+    (hooks / "post-update").chmod(0o755)
+    conf = booted.path("/etc/server-update/slave.conf")
+    server = subprocess.Popen(booted.command("python3", "-c", HTTPS_SERVER))
+    for base_url in ("alice@127.0.0.1:/srv/up", "https://127.0.0.1:8443"):
+        conf.write_text("BASE_URL=%s\n" % base_url)
+        booted.check("./install.sh", "slave", "--user", "alice", cwd=CHECKOUT)
+        booted.check("systemctl", "restart", SERVICE)
+        booted.check("./install.sh", "master", "127.0.0.1", cwd=CHECKOUT)
+        done = booted.run("server-update", "hanuman")
+        log = booted.run("journalctl", "-u", SERVICE, "-o", "cat").stdout
+        assert done.returncode == 0 and upstream.head()[:7] in done.stdout, done.stdout + log
+        live = booted.path("/srv/site/live").read_text()
+        assert live == upstream.head() + "\n"
+        upstream.commit({"file": base_url})
+        upstream.git("update-server-info")
+        booted.check("chown", "-R", "alice:", "/srv/up")
+    server.kill()
+    server.wait()
+
+
+def test_stopping_the_service_stops_a_running_update_cleanly(booted):
+    make_upstream(booted, "alice")
+    booted.path("/etc/server-update/hooks").mkdir(parents=True)
+    hook = booted.path("/etc/server-update/hooks/pre-update")
+    hook.write_text("#!/bin/sh\ntouch /srv/up/begun\nexec sleep 1000\n")
+    hook.chmod(0o755)
+    install = ["./install.sh", "slave", "--user", "alice", "--base-url", "/srv/up"]
+    booted.check(*install, cwd=CHECKOUT)
+    booted.check("./install.sh", "master", "127.0.0.1", cwd=CHECKOUT)
+    booted.check("server-update", "--no-wait", "hanuman")
+    booted.check("sh", "-c", "until [ -e /srv/up/begun ]; do sleep 0.1; done")
+    before = time.monotonic()
+    booted.check("systemctl", "stop", SERVICE)
+    assert time.monotonic() - before < 20
+    assert show(booted, "Result") == "success"
+    left = booted.check("ls", "-A", "/home/alice/repos", "/home/alice/repos/.server-update")
+    assert ".new" not in left and "hanuman.json" in left
+    assert '"queued"' in booted.path("/home/alice/repos/.server-update/hanuman.json").read_text()
+
+
+def test_the_checkout_names_no_mirror():
+    if roots.why_not():
+        pytest.skip(roots.why_not())
+    host = roots.find_mirror().split("/")[2].encode()
+    for path in ROOT.rglob("*"):
+        if path.is_file() and ".git" not in path.relative_to(ROOT).parts:
+            assert host not in path.read_bytes(), path
