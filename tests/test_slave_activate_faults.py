@@ -1,0 +1,423 @@
+"""Kills, full disks, broken upstreams: the old tree stays, and the next run mends the rest."""
+
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+import time
+
+import pytest
+from activate_support import Activate, git, snapshot
+from upstream import wait_until
+
+KILLS = 100  # kill -9 at random moments: of the shell, of its git, of the whole group
+TERMS = 30  # TERM at evenly spaced moments of a run
+SEED = 20240607
+
+
+@pytest.fixture
+def activate(tmp_path, upstream):
+    return Activate(tmp_path, upstream.base_path)
+
+
+def duration(activate):
+    """How long a run takes, in seconds; the best of three."""
+    times = []
+    for _ in range(3):
+        start = time.monotonic()
+        activate.good("r")
+        times.append(time.monotonic() - start)
+    return min(times)
+
+
+def descendants(pid):
+    """The processes that `pid` has started, and theirs."""
+    found = []
+    try:
+        with open("/proc/%d/task/%d/children" % (pid, pid)) as children:
+            found = [int(child) for child in children.read().split()]
+    except OSError:
+        pass
+    return found + [deeper for child in found for deeper in descendants(child)]
+
+
+def kill(pid, signum=signal.SIGKILL):
+    try:
+        os.kill(pid, signum)
+    except OSError:
+        pass
+
+
+def kill_shell(process, _):
+    kill(process.pid)
+
+
+def kill_a_child(process, rng):
+    below = descendants(process.pid)
+    kill(rng.choice(below) if below else process.pid)
+
+
+def kill_group(process, _):
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except OSError:
+        pass
+
+
+@pytest.mark.parametrize("victim", [kill_shell, kill_a_child, kill_group])
+def test_kill_9_at_any_moment(activate, upstream, victim):
+    """After each kill the live tree is the old one to the byte, or the whole new one."""
+    rng = random.Random(SEED)
+    repo = upstream.create("r", {"a": "0", "b": "0"})
+    took = duration(activate)
+    for number in range(KILLS // 3 + 1):
+        before, old = snapshot(activate.live()), activate.head()
+        new = repo.commit({"a": str(number), "b": str(number)})
+        process = activate.start("r")
+        time.sleep(rng.uniform(0, took * 1.1))
+        victim(process, rng)
+        process.communicate(timeout=30)
+        head = activate.head()
+        assert head in (old, new), number
+        if head == old:
+            assert snapshot(activate.live()) == before, number
+        assert git(activate.live(), "status", "--porcelain") == "", number
+        assert activate.good("r", timeout=20) == (new, head), number
+    assert git(activate.live(), "fsck", "--full", "--no-dangling") == ""
+
+
+def test_a_killed_shell_leaves_no_git_that_writes_later(activate, upstream, http_upstream):
+    """Its git hangs on; the next run ends it, however it was started, before it begins."""
+    repo = upstream.create("r")
+    first, _ = activate.good("r")
+    activate.settings["BASE_URL"] = http_upstream.url
+    http_upstream.fault = "hang"
+    process = activate.start("r")
+    wait_until(lambda: http_upstream.requests)
+    orphans = descendants(process.pid)
+    process.kill()
+    process.wait()
+    assert [pid for pid in orphans if os.path.exists("/proc/%d" % pid)]
+    http_upstream.fault = None
+    second = repo.commit({"new": "1"})
+    assert activate.good("r", timeout=20) == (second, first)
+    process.stdout.close()
+    process.stderr.close()
+    wait_until(lambda: not [pid for pid in orphans if is_alive(pid)])
+
+
+def is_alive(pid):
+    try:
+        with open("/proc/%d/stat" % pid) as stat:
+            return stat.read().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def check_term(activate, process, old, new, before):
+    """What a run that was sent TERM or INT must have done; whether it was interrupted."""
+    out, err = (text.decode() for text in process.communicate(timeout=15))
+    status = process.returncode
+    assert status in (0, 1, -signal.SIGTERM, -signal.SIGINT), (status, err)
+    if status == 0:
+        assert out == "r %s %s\n" % (new, old) and activate.head() == new, (out, err)
+        assert activate.leftovers() == []
+        return False
+    assert (out, snapshot(activate.live())) == ("", before), (status, err)
+    if status == 1:
+        assert err in (
+            "slave-activate: interrupted\n",
+            "Terminated\nslave-activate: interrupted\n",
+        )
+    if activate.state.exists():
+        assert activate.leftovers() == []
+    return status == 1
+
+
+def test_term_at_every_stage(activate, upstream):
+    repo = upstream.create("r", {"a": "0", "b": "0"})
+    took, interrupted = duration(activate), 0
+    for number in range(TERMS):
+        before, old = snapshot(activate.live()), activate.head()
+        new = repo.commit({"a": str(number)})
+        process = activate.start("r")
+        time.sleep(took * number / TERMS)
+        signum = signal.SIGTERM if number % 3 else signal.SIGINT
+        os.kill(process.pid, signum) if number % 2 else os.killpg(process.pid, signum)
+        interrupted += check_term(activate, process, old, new, before)
+        assert activate.good("r")[0] == new
+    assert interrupted > TERMS / 4
+
+
+@pytest.mark.parametrize("shell", ["dash", "busybox ash", "bash"])
+def test_term_while_upstream_hangs(activate, upstream, http_upstream, shell):
+    upstream.create("r")
+    first, _ = activate.good("r")
+    before = snapshot(activate.live())
+    activate.settings["BASE_URL"] = http_upstream.url
+    http_upstream.fault = "hang"
+    process = activate.start("r", prefix=shell.split())
+    wait_until(lambda: http_upstream.requests)
+    below = descendants(process.pid)
+    assert below
+    start = time.monotonic()
+    process.terminate()
+    assert check_term(activate, process, first, None, before)
+    assert time.monotonic() - start < 3
+    assert not [pid for pid in below if is_alive(pid)]
+
+
+def test_term_in_the_hooks(activate, upstream):
+    repo = upstream.create("r")
+    first, _ = activate.good("r")
+    before = snapshot(activate.live())
+    marker = activate.bin / "in-hook"
+    hook = activate.hook("pre-update", "touch %s; exec sleep 60\n" % marker)
+    process = activate.start("r")
+    wait_until(marker.exists)
+    process.terminate()
+    assert check_term(activate, process, first, None, before)
+    hook.unlink()
+    marker.unlink()
+    activate.hook("post-update", "touch %s; exec sleep 60\n" % marker)
+    second = repo.commit({"new": "1"})
+    process = activate.start("r")
+    wait_until(marker.exists)
+    process.terminate()
+    out, err = process.communicate(timeout=10)
+    assert (process.returncode, out.decode()) == (3, "r %s %s\n" % (second, first))
+    assert err == b"slave-activate: live, but post-update hook failed (143)\n"
+    assert (activate.head(), activate.leftovers()) == (second, [])
+
+
+# -- the disk ---------------------------------------------------------------
+
+DISK_BYTES = 12 << 20
+
+
+def noise(size, seed=0):
+    """Bytes that can't be compressed."""
+    return random.Random(seed).getrandbits(8 * size).to_bytes(size, "big")
+
+
+def fill_disk(folder, leave):
+    """Fill the filesystem until about `leave` bytes are free."""
+    info = os.statvfs(str(folder))
+    with open(str(folder / "filler"), "wb") as filler:
+        filler.write(b"x" * max(0, info.f_bavail * info.f_bsize - leave))
+
+
+@pytest.mark.parametrize("stage", ["start", "clone", "checkout"])
+def test_a_full_disk(upstream, tmp_path, small_disk, stage):
+    """While packs are written, while files are; and at once. The old tree stays."""
+    disk = small_disk(DISK_BYTES)
+    repo = upstream.create("r", {"f": "1"})
+    activate = Activate(tmp_path, upstream.base_path, repos=disk / "repos")
+    first, _ = activate.good("r")
+    before = snapshot(activate.live())
+    packed = noise(1 << 20)
+    contents = {"noise": packed} if stage == "clone" else {"zeros": b"0" * (4 << 20)}
+    second = repo.commit(contents)
+    fill_disk(disk, {"start": 0, "clone": 600 << 10, "checkout": 1 << 20}[stage])
+    result = activate("r")
+    assert (result.status, result.out) == (1, ""), result
+    assert "; make room for '%s'" % activate.repos in result.last, result
+    assert snapshot(activate.live()) == before
+    assert activate.leftovers() == []
+    (disk / "filler").unlink()
+    assert activate.good("r") == (second, first)
+
+
+# -- upstream ---------------------------------------------------------------
+
+FAULTS = {
+    "reset": "unable to access",
+    "garbage": "unable to access",
+    "503": "The requested URL returned error: 503",
+    "404": "' not found; see BASE_URL",
+    "cut:100": "",
+    "cut:30000": "",
+}
+
+
+@pytest.mark.parametrize("old", ["there", "not there"])
+@pytest.mark.parametrize("fault", sorted(FAULTS))
+def test_a_broken_upstream(activate, upstream, http_upstream, fault, old):
+    repo = upstream.create("r", {"f": "1"})
+    activate.settings["BASE_URL"] = http_upstream.url
+    first = activate.good("r")[0] if old == "there" else "-"
+    before = snapshot(activate.live())
+    second = repo.commit({"noise": noise(100 << 10)})
+    http_upstream.fault = fault
+    result = activate("r")
+    assert (result.status, result.out) == (1, ""), result
+    assert FAULTS[fault] in result.last, result
+    assert result.last.startswith("slave-activate: ")
+    assert (snapshot(activate.live()), activate.leftovers()) == (before, [])
+    assert activate.live().exists() == (old == "there")
+    http_upstream.fault = None
+    assert activate.good("r") == (second, first)
+
+
+def test_an_upstream_that_hangs_is_given_up(activate, upstream, http_upstream, own_home):
+    """By git's low-speed limit, which is the user's where one is set."""
+    upstream.create("r")
+    activate.settings["BASE_URL"] = http_upstream.url
+    http_upstream.fault = "hang"
+    env = {"GIT_HTTP_LOW_SPEED_TIME": "1"}
+    result = activate("r", env=env, timeout=20)
+    assert result.status == 1
+    assert "Operation too slow. Less than 1000 bytes/sec transferred" in result.last
+    assert activate.leftovers() == []
+
+
+def test_an_upstream_that_refuses_or_is_not_git(activate):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        activate.settings["BASE_URL"] = "http://127.0.0.1:%d" % unused.getsockname()[1]
+        result = activate("r")
+    assert (result.status, result.out) == (1, "")
+    assert re.match("slave-activate: unable to access .* see BASE_URL$", result.last)
+    activate.settings["BASE_URL"] = str(activate.bin)
+    (activate.bin / "r.git").mkdir()
+    result = activate("r")
+    assert result.status == 1 and "r.git' does not exist; see BASE_URL" in result.last
+
+
+# -- the exchange -----------------------------------------------------------
+
+STRACE = ["strace", "-f", "-qq", "-e", "signal=none"]
+RENAMES = "renameat2,rename,renameat"
+
+
+def needs_strace():
+    if not shutil.which("strace"):
+        pytest.skip("this needs strace")
+
+
+def test_all_is_flushed_before_the_exchange_and_the_folders_after_it(activate, upstream, tmp_path):
+    needs_strace()
+    repo = upstream.create("r")
+    activate.good("r")
+    repo.commit({"new": "1"})
+    log = tmp_path / "trace"
+    calls = "trace=syncfs,fsync,fdatasync,openat,renameat2"
+    activate.good("r", prefix=STRACE + ["-y", "-e", calls, "-o", str(log)])
+    text = log.read_text()
+    exchange = re.search(r"renameat2\(.*r\.new\".*/r\", RENAME_EXCHANGE\) = 0", text)
+    sync = re.search(r"syncfs\(\d+<%s/r\.new>\) = 0" % activate.state, text)
+    assert sync and exchange and sync.start() < exchange.start()
+    written = [match.start() for match in re.finditer(r"/r\.new/[^\n]*O_(WRONLY|RDWR)", text)]
+    assert written and max(written) < sync.start(), "something was written after the flush"
+    for folder in (activate.repos, activate.state):
+        assert re.search(r"fsync\(\d+<%s>\) = 0" % folder, text[exchange.end() :])
+
+
+def inject(fault):
+    return STRACE + ["-e", "trace=" + RENAMES, "-e", "inject=" + fault, "-o", "/dev/null"]
+
+
+class Watcher(threading.Thread):
+    """Looks whether a path is there, as fast as it can."""
+
+    def __init__(self, path):
+        super().__init__(daemon=True)
+        self.path, self.done, self.missing, self.gaps = str(path), False, 0, 0
+
+    def run(self):
+        was_there = True
+        while not self.done:
+            there = os.path.isdir(self.path)
+            self.missing += not there
+            self.gaps += was_there and not there
+            was_there = there
+
+
+def test_where_exchange_is_refused_two_renames_do_it(activate, upstream):
+    needs_strace()
+    repo = upstream.create("r")
+    first, _ = activate.good("r")
+    second = repo.commit({"new": "1"})
+    watcher = Watcher(activate.live())
+    watcher.start()
+    assert activate.good("r", prefix=inject("renameat2:error=EINVAL")) == (second, first)
+    watcher.done = True
+    watcher.join()
+    assert watcher.gaps <= 1
+    assert (activate.live() / "new").exists()
+
+
+def test_a_failing_second_rename_puts_the_old_tree_back(activate, upstream, tmp_path):
+    """The first rename(2) of NEW to LIVE fails, after LIVE was moved aside."""
+    needs_strace()
+    repo = upstream.create("r")
+    first, _ = activate.good("r")
+    before = snapshot(activate.live())
+    second = repo.commit({"new": "1"})
+    log = tmp_path / "trace"
+    prefix = STRACE + ["-P", str(activate.state / "r.new"), "-e", "trace=rename,renameat2"]
+    prefix += ["-e", "inject=renameat2:error=EINVAL", "-e", "inject=rename:error=EIO:when=1"]
+    result = activate("r", prefix=prefix + ["-o", str(log)])
+    assert (result.status, result.out) == (1, ""), result
+    renames = [line for line in log.read_text().split("\n") if " rename(" in line]
+    assert len(renames) == 1 and "EIO" in renames[0], renames
+    assert "Input/output error" in result.last and "Traceback" not in result.err
+    assert (snapshot(activate.live()), activate.leftovers()) == (before, [])
+    assert activate.good("r") == (second, first)
+
+
+def test_a_kill_between_the_two_renames_is_mended(activate, upstream):
+    needs_strace()
+    repo = upstream.create("r")
+    first, _ = activate.good("r")
+    second = repo.commit({"new": "1"})
+    prefix = STRACE + ["-P", str(activate.live()), "-e", "trace=rename,renameat2"]
+    prefix += ["-e", "inject=renameat2:error=EINVAL", "-e", "inject=rename:signal=KILL:when=1"]
+    before = snapshot(activate.live())
+    result = activate("r", prefix=prefix + ["-o", "/dev/null"])
+    assert (result.status, result.out) == (1, ""), result
+    assert (snapshot(activate.live()), activate.leftovers()) == (before, [])
+    assert activate.good("r") == (second, first)
+
+
+def test_no_python_no_exchange_no_harm(activate, upstream, tmp_path):
+    """python3 is missing: one line, and the old tree stays."""
+    upstream.create("r")
+    activate.good("r")
+    before = snapshot(activate.live())
+    fake = tmp_path / "fake"
+    fake.mkdir()
+    (fake / "python3").write_text("#!/bin/sh\nexit 127\n")
+    (fake / "python3").chmod(0o755)
+    result = activate("r", env={"PATH": "%s:%s" % (fake, os.environ["PATH"])})
+    assert (result.status, result.out) == (1, "")
+    assert result.last.startswith("slave-activate: ")
+    assert (snapshot(activate.live()), activate.leftovers()) == (before, [])
+
+
+def test_it_stays_alone_on_a_terminal_too(activate, upstream):
+    """Ctrl-C goes to the whole foreground group of a terminal."""
+    upstream.create("r")
+    activate.good("r")
+    before = snapshot(activate.live())
+    activate.hook("pre-update", "touch %s; sleep 60\n" % (activate.bin / "in-hook"))
+    master, slave = os.openpty()
+    process = subprocess.Popen(
+        ["setsid", "--ctty", str(activate.script), "r"],
+        env=activate.environment(),
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+    )
+    os.close(slave)
+    wait_until((activate.bin / "in-hook").exists)
+    os.write(master, b"\x03")
+    assert process.wait(10) == 1
+    text = os.read(master, 4096)
+    os.close(master)
+    assert text.endswith(b"slave-activate: interrupted\r\n")
+    assert (snapshot(activate.live()), activate.leftovers()) == (before, [])
