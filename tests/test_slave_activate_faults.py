@@ -168,7 +168,7 @@ def test_term_while_upstream_hangs(activate, upstream, http_upstream, shell):
     process.terminate()
     assert check_term(activate, process, first, None, before)
     assert time.monotonic() - start < 3
-    assert not [pid for pid in below if is_alive(pid)]
+    wait_until(lambda: not [pid for pid in below if is_alive(pid)], timeout=2)
 
 
 def test_term_in_the_hooks(activate, upstream):
