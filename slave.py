@@ -34,7 +34,7 @@ import sys
 import threading
 import time
 import types
-from typing import NamedTuple, Optional, Tuple
+from collections import namedtuple
 from urllib.parse import unquote
 
 VERSION = "1.0"
@@ -60,8 +60,19 @@ MAX_WAIT_S = 30
 MAX_CLOCK_DIFFERENCE_S = 300
 MAX_NONCES = 65536
 MAX_REFUSALS_LOGGED = 10  # a second
-IPV4_IN_IPV6 = "::ffff:"  # how a socket for both has IPv4 addresses
+THREAD_STACK_BYTES = 512 * 1024
 RETRY_LATER = ("Retry-After", "2")
+HASH_RE = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+NUMBER_RE = re.compile("[0-9]{1,15}")
+SIGNATURE_RE = re.compile(r"t=([0-9]{1,12}),n=([0-9a-f]{32}),s=([0-9a-f]{64})")
+OUTPUT_KINDS = ("slave-activate: ", "fatal: ", "error: ", "")  # what tells most comes first
+
+# One update: /status tells the first ten fields, times in seconds since 1970. `tries` are its
+# starts but for those that ended in a clean stop, `signed` is the time in its signature.
+Record = namedtuple("Record", "repo update ref state requested started finished commit previous "
+                    "message tries signed", defaults=(None, None, None, None, "", 0, 0))
+# What is remembered of one repository's updates; their ids grow in this order.
+Records = namedtuple("Records", "ended running queued", defaults=((), None, None))
 
 # shared with server-update: keep identical
 NAME_RE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
@@ -107,11 +118,6 @@ def read_secrets(path):
     return secrets
 # end of shared block
 
-HASH_RE = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
-NUMBER_RE = re.compile("[0-9]{1,15}")
-SIGNATURE_RE = re.compile(r"t=([0-9]{1,12}),n=([0-9a-f]{32}),s=([0-9a-f]{64})")
-OUTPUT_KINDS = ("slave-activate: ", "fatal: ", "error: ", "")  # what tells most comes first
-
 
 class Mistake(Exception):
     """What keeps the slave from starting: a text for a person, and the exit status."""
@@ -136,7 +142,8 @@ def log(text):
         pass  # nobody reads the log: no reason to stop updating
 
 
-# -- settings: each parser takes a text that is not empty, and raises ValueError ------------------
+# -- settings: each parser takes a text that is not empty, and raises ValueError ----------------
+
 def parse_number(low, high, text):
     if not re.fullmatch("[0-9]{1,7}", text) or not low <= int(text) <= high:
         raise ValueError(text)
@@ -154,8 +161,8 @@ def parse_path(text):
 
 
 def parse_networks(text):
-    text = text.replace(",", " ").replace(IPV4_IN_IPV6, "")
-    return [ipaddress.ip_network(part) for part in text.split()]
+    text = text.replace("::ffff:", "")  # IPv4 in IPv6's clothes
+    return [ipaddress.ip_network(part) for part in text.replace(",", " ").split()]
 
 
 def parse_globs(text):
@@ -211,17 +218,16 @@ def read_settings(environ, options):
     """{KEY: value}: options win over SERVER_UPDATE_* variables, these over the file."""
     values = {key: parse_setting(key) for key in SETTINGS}
     path = environ.get("SERVER_UPDATE_CONF") or CONF_FILE
-    if path != CONF_FILE or os.path.exists(path):
-        try:
+    try:
+        if path != CONF_FILE or os.path.exists(path):
             with open(path, encoding="utf-8", errors="surrogateescape") as lines:
                 values.update(parse_settings_file(lines, path))
-        except OSError as error:
-            raise Mistake("can't read settings file '%s': %s" % (path, error.strerror), 2)
+    except OSError as error:
+        raise Mistake("can't read settings file '%s': %s" % (path, error.strerror), 2)
     for key in SETTINGS:
         for name, source in (("SERVER_UPDATE_" + key, environ), (option_name(key), options)):
             if source.get(name):
-                values[key] = parse_setting(key, source[name].strip(),
-                                            after=" (set by %s)" % name)
+                values[key] = parse_setting(key, source[name].strip(), "", " (set by %s)" % name)
     if values["TLS_KEY"] and not values["TLS_CERT"]:
         raise Mistake("TLS_KEY is set, but TLS_CERT is not", 2)
     return values
@@ -231,49 +237,24 @@ def option_name(key):
     return "--" + key.lower().replace("_", "-")
 
 
-# -- the records of a repository: pure functions, for the journal to apply ------------------------
-class Record(NamedTuple):
-    """One update; the first ten fields are what /status tells, times are seconds since 1970."""
+# -- the records of a repository: pure functions, for the journal to apply ----------------------
 
-    repo: str
-    update: int
-    ref: Optional[str]
-    state: str
-    requested: float
-    started: Optional[float] = None
-    finished: Optional[float] = None
-    commit: Optional[str] = None
-    previous: Optional[str] = None
-    message: str = ""
-    tries: int = 0  # starts of it, but for those that ended in a clean stop
-    signed: int = 0  # the time in its signature
+def list_all(records):
+    return records.ended + tuple(filter(None, (records.running, records.queued)))
 
 
-PUBLIC_FIELDS = Record._fields[:10]
-
-
-class Records(NamedTuple):
-    """What is remembered of one repository's updates; their ids grow in this order."""
-
-    ended: Tuple[Record, ...] = ()
-    running: Optional[Record] = None
-    queued: Optional[Record] = None
-
-    def all(self):
-        return self.ended + tuple(filter(None, (self.running, self.queued)))
-
-    def find(self, update=0):
-        """The record of an update, or of the newer one in its place; the newest where it is 0."""
-        found = [record for record in self.all() if record.update >= update]
-        return found[0 if update else -1] if found else None
+def find(records, update=0):
+    """The record of an update, or of the newer one in its place; the newest where it is 0."""
+    found = [record for record in list_all(records) if record.update >= update]
+    return found[0 if update else -1] if found else None
 
 
 def accept(records, repo, ref, signed, now):
     """A signal: an update is queued, in place of one that is. Ids are ms since 1970, and grow."""
-    newest = records.find()
+    newest = find(records)
     update = max(int(now * 1000), newest.update + 1 if newest else 1)
-    record = Record(repo, update, ref, "queued", now, signed=signed)
-    return records._replace(queued=record._replace(commit=newest and newest.commit))
+    return records._replace(queued=Record(repo, update, ref, "queued", now, signed=signed,
+                                          commit=newest and newest.commit))
 
 
 def start(records, live, now):
@@ -290,10 +271,7 @@ def finish(records, now, **changes):
 
 
 def interrupt(records, is_clean, now):
-    """The slave ends, or has ended, under the running update: it is queued again.
-
-    If a newer one is queued, that takes its place. A clean stop does not count as a try.
-    """
+    """The slave ends, or has ended, under the running update: it, or a newer one, is queued."""
     again = records.running
     if again.tries >= MAX_TRIES and not is_clean:
         return finish(records, now, state="failed", message="interrupted three times by the "
@@ -304,33 +282,32 @@ def interrupt(records, is_clean, now):
 
 def encode_records(records):
     """The file: the newest record's fields, and the others as "earlier"."""
-    *earlier, newest = [record._asdict() for record in records.all()]
-    return json.dumps(dict(newest, earlier=earlier), indent=1).encode("ascii") + b"\n"
+    *earlier, newest = [record._asdict() for record in list_all(records)]
+    return json.dumps(dict(newest, earlier=earlier)).encode("ascii") + b"\n"
 
 
 def decode_records(repo, data):
     """What encode_records made; ValueError, TypeError or AttributeError for anything else."""
     newest = json.loads(data.decode("utf-8"))
     found = tuple(decode_record(repo, fields) for fields in newest.get("earlier", []) + [newest])
-    open_ones = {record.state: record for record in found if not record.finished}
-    records = Records(tuple(record for record in found if record.finished), **open_ones)
+    records = Records(tuple(record for record in found if record.finished),
+                      **{record.state: record for record in found if not record.finished})
     ids = [record.update for record in found]
-    if records.all() != found or ids != sorted(set(ids)):
+    if list_all(records) != found or ids != sorted(set(ids)):
         raise ValueError("updates out of order")
     return records
 
 
 def decode_record(repo, fields):
-    """A Record; errors as above. What is missing that came later has its default."""
+    """A Record; errors as above. What is missing and not always there has its default."""
     record = Record(**{key: fields[key] for key in Record._fields if key in fields})
-    times = [record.requested, record.started or 0, record.finished or 0]
-    numbers = times + [record.update, record.tries, record.signed]
-    hashes = [record.commit, record.previous]
-    is_ended = record.state in ("live", "failed")
-    if (record.repo != repo or not all(0 <= number < 1e15 for number in numbers)
-            or not is_ref(record.ref or "x") or not isinstance(record.message, str)
-            or not all(HASH_RE.fullmatch(commit) for commit in hashes if commit)
-            or not (is_ended if record.finished else record.state in ("queued", "running"))):
+    numbers = [record.requested, record.started or 0, record.finished or 0, record.update,
+               record.tries, record.signed]
+    states = ("live", "failed") if record.finished else ("queued", "running")
+    hashes = filter(None, (record.commit, record.previous))
+    if (record.repo != repo or record.state not in states or not is_ref(record.ref or "x")
+            or not all(0 <= number < 1e15 for number in numbers)  # nor NaN
+            or not all(map(HASH_RE.fullmatch, hashes)) or not isinstance(record.message, str)):
         raise ValueError("not a record of an update")
     return record._replace(update=int(record.update))
 
@@ -341,15 +318,22 @@ class Journal:
     One thread at a time writes: what all others have come with in the meantime in one go.
     """
 
-    def __init__(self, folder):
-        """Takes the folder for this process alone; OSError where that can't be."""
-        self.folder, self.records = folder, {}
+    def __init__(self, repos_dir):
+        """Takes the state folder for this process alone; Mistake where that can't be."""
+        self.folder, self.records = os.path.join(repos_dir, ".server-update"), {}
         self.changes, self.writing = [], threading.Lock()
         self.ended = threading.Condition()  # told after each change that must be kept
-        self.folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        fcntl.flock(self.folder_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        with open(os.path.join(folder, "start.tmp"), "wb") as handle:
-            os.unlink(handle.name)
+        try:
+            os.makedirs(repos_dir, exist_ok=True)
+            os.makedirs(self.folder, mode=0o700, exist_ok=True)
+            self.folder_fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+            fcntl.flock(self.folder_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with open(os.path.join(self.folder, "start.tmp"), "wb") as handle:
+                os.unlink(handle.name)
+        except BlockingIOError:
+            raise Mistake("another slave.py works in REPOS_DIR '%s'" % repos_dir, 1)
+        except OSError as error:
+            raise Mistake("can't write in '%s': %s" % (self.folder, error.strerror), 1)
 
     def load(self):
         """Reads all records; a broken one is told of, kept aside, and stops nothing."""
@@ -391,7 +375,7 @@ class Journal:
                 self.save(repo, after[repo])
             os.fsync(self.folder_fd)
         except OSError as error:
-            log("can't write to %s: %s" % (self.folder, error.strerror))
+            log("can't write in %s: %s" % (self.folder, error.strerror))
             for change in changes:
                 change.error = None if change.must_keep else error
             after = self.apply([change for change in changes if change.must_keep])
@@ -425,36 +409,35 @@ class Journal:
             raise
 
 
-# -- slave-activate -------------------------------------------------------------------------------
+# -- slave-activate -----------------------------------------------------------------------------
+
 def read_live_commit(tree):
     """The commit that is checked out in a clone, or None where its files do not say (reftable)."""
-    git = os.path.join(tree, ".git")
     try:
-        commit = read_line(os.path.join(git, "HEAD"))
+        commit = read_text(tree, "HEAD")
         if commit.startswith("ref: "):
             ref = commit[len("ref: "):]
             try:
-                commit = read_line(os.path.join(git, ref))
+                commit = read_text(tree, ref)
             except FileNotFoundError:
-                with open(os.path.join(git, "packed-refs"), encoding="utf-8") as lines:
-                    commit = "".join(line[:-len(ref) - 2] for line in lines
-                                     if line.endswith(" %s\n" % ref))
+                packed = re.findall("^(.*) %s$" % re.escape(ref), read_text(tree, "packed-refs"),
+                                    re.MULTILINE)
+                commit = "".join(packed)
     except (OSError, ValueError):
         return None
     return commit if HASH_RE.fullmatch(commit) else None
 
 
-def read_line(path):
-    with open(path, encoding="ascii") as handle:
-        return handle.readline(MAX_LINE_BYTES).strip()
+def read_text(tree, name):
+    with open(os.path.join(tree, ".git", name), encoding="utf-8") as handle:
+        return handle.read().strip()
 
 
 class Activation:
     """One run of slave-activate, in a process group of its own; what it says is logged."""
 
     def __init__(self, command, environ, repo, ref):
-        self.repo = repo
-        self.said = {}  # {kind: the last line of that kind on stderr}
+        self.repo, self.said = repo, {}  # {kind: the last line of that kind on stderr}
         self.stopped = None  # why it was made to end: "timeout" or "stop"
         self.process = subprocess.Popen(
             [command, repo] + ([ref] if ref else []), env=environ, stdin=subprocess.DEVNULL,
@@ -495,9 +478,9 @@ class Activation:
         """Whether there was anything in the group to take the signal."""
         try:
             os.killpg(self.process.pid, number)
+            return True
         except ProcessLookupError:
             return False
-        return True
 
     def clear_up(self):
         """Ends what the run left in its group; blocks for LEFTOVER_S at most."""
@@ -529,9 +512,10 @@ def judge(repo, status, stdout, said, late_after_s=None):
     return {"state": "live", "message": message, "commit": commit, "previous": previous}
 
 
-# -- who may --------------------------------------------------------------------------------------
+# -- who may ------------------------------------------------------------------------------------
+
 class Guard:
-    """Who may ask for what: by signature, address and repository."""
+    """Who may ask for what: by signature, address and repository. All checks raise Refusal."""
 
     def __init__(self, settings):
         """Mistake where the secret file is no good, or where one is set and not there."""
@@ -546,7 +530,7 @@ class Guard:
             raise Mistake("can't read secret file '%s': %s" % (self.path, error.strerror), 2)
 
     def check_signature(self, values, method, target, now):
-        """The time in a request's signature, 0 where there is no secret; Refusal if it is no good.
+        """The time in a request's signature, 0 where there is no secret.
 
         `values` are those of the header that signs. Whatever is wrong, the answer is the same;
         only who knows the secret is told of the clock.
@@ -568,12 +552,11 @@ class Guard:
         return int(when)
 
     def take_nonce(self, nonce, when, now):
-        """Refusal where it was taken before, as far back as signatures are not too old."""
+        """Remembers a nonce, as long as its signature is not too old; none is taken twice."""
         with self.lock:
             if len(self.nonces) >= MAX_NONCES:
-                oldest = now - MAX_CLOCK_DIFFERENCE_S
                 self.nonces = {key: self.nonces[key] for key in self.nonces
-                               if self.nonces[key] >= oldest}
+                               if self.nonces[key] >= now - MAX_CLOCK_DIFFERENCE_S}
             if len(self.nonces) >= MAX_NONCES:
                 raise Refusal(503, "too many signed requests", RETRY_LATER)
             if nonce in self.nonces:
@@ -604,12 +587,14 @@ def make_tls_context(cert, key):
     return context
 
 
-# -- the slave ------------------------------------------------------------------------------------
+# -- the slave ----------------------------------------------------------------------------------
+
 class Slave:
     """Takes signals, runs the updates that they ask for, and knows how these ended."""
 
-    def __init__(self, settings, command, journal):
-        self.settings, self.command, self.journal = settings, command, journal
+    def __init__(self, settings, command):
+        self.settings, self.command = settings, command
+        self.journal = Journal(settings["REPOS_DIR"])
         self.lock, self.queued, self.running = threading.Lock(), {}, {}
         self.polls, self.stopping = threading.BoundedSemaphore(MAX_POLLS), threading.Event()
         self.signed_floor = 0  # what was signed up to then could be a replay
@@ -618,8 +603,10 @@ class Slave:
 
     def resume(self):
         """After a start: what was queued or running when the slave ended is queued again."""
+        self.journal.load()
         for repo, records in sorted(self.journal.records.items()):
-            self.signed_floor = max([self.signed_floor] + [one.signed for one in records.all()])
+            signed = [record.signed for record in list_all(records)]
+            self.signed_floor = max(signed + [self.signed_floor])
             if records.running:
                 records = self.journal.commit(repo, interrupt, False, time.time(), must_keep=True)
             if records.queued:
@@ -663,8 +650,8 @@ class Slave:
         """Runs the queued update of a repository to its end; in a thread of its own."""
         try:
             if self.journal.records[repo].queued:
-                records = self.journal.commit(repo, start, read_live_commit(self.tree(repo)),
-                                              time.time(), must_keep=True)
+                live = read_live_commit(self.tree(repo))
+                records = self.journal.commit(repo, start, live, time.time(), must_keep=True)
                 self.activate(repo, records.running)
         finally:
             with self.lock:
@@ -681,16 +668,15 @@ class Slave:
             return
         timeout_s = self.settings["TIMEOUT"]
         stdout = run.wait(timeout_s, self.stopping)
-        if run.stopped == "stop" and run.process.returncode != 0:
+        status, late_after_s = run.process.returncode, timeout_s * (run.stopped == "timeout")
+        if run.stopped == "stop" and status != 0:
             self.journal.commit(repo, interrupt, True, time.time(), must_keep=True)
             log("%s: update %d stopped, to be taken up again" % (repo, record.update))
         else:
-            self.end_update(repo, judge(repo, run.process.returncode, stdout, run.said,
-                                        timeout_s if run.stopped == "timeout" else None))
+            self.end_update(repo, judge(repo, status, stdout, run.said, late_after_s))
         run.clear_up()
 
     def end_update(self, repo, changes):
-        """Records how an update ended, and says so in the log."""
         if changes["state"] == "failed":
             changes["commit"] = read_live_commit(self.tree(repo))
         done = self.journal.commit(repo, finish, time.time(), must_keep=True, **changes).ended[-1]
@@ -713,29 +699,27 @@ class Slave:
 
     def find(self, repo, update=0, wait_s=0):
         """The record that answers for an update; waits `wait_s` at most until it has ended."""
-        def look():
-            return self.journal.records.get(repo, Records()).find(update)
-
         def is_over():
-            record = look()
+            record = find(self.journal.records.get(repo, Records()), update)
             return not record or record.finished or self.stopping.is_set()
 
         if wait_s and not is_over() and self.polls.acquire(blocking=False):
             with self.journal.ended:
                 self.journal.ended.wait_for(is_over, wait_s)
             self.polls.release()
-        return look()
+        return find(self.journal.records.get(repo, Records()), update)
 
     def tell(self, record):
         """A record for /status; the newest one tells what is live now, whoever made it so."""
-        if record is self.journal.records[record.repo].find():
+        if record is find(self.journal.records[record.repo]):
             live = read_live_commit(self.tree(record.repo))
             if live or not os.path.exists(self.tree(record.repo)):
                 record = record._replace(commit=live)
-        return dict(zip(PUBLIC_FIELDS, record))
+        return dict(zip(Record._fields[:10], record))
 
 
-# -- connections ----------------------------------------------------------------------------------
+# -- connections --------------------------------------------------------------------------------
+
 def parse_query(query):
     """{name: value} of the parameters that mean something here; Refusal where they can't be."""
     checks, values = {"repo": is_repo_name, "ref": is_ref}, {}
@@ -774,10 +758,6 @@ class Handler(http.server.SimpleHTTPRequestHandler):
     def note_waiting(self, is_waiting=True):
         self.server.note(self.accepted, self.request, is_waiting)
 
-    def finish(self):
-        super().finish()
-        self.request.close()
-
     def handle_one_request(self):
         """Reads one request and answers it."""
         self.close_connection = has_more = True
@@ -796,7 +776,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
             self.close_connection |= has_more
             self.server.log_refusal("refused with %d from %s: %s: %s" % (
                 status, self.client_address[0], text, self.requestline[:200]))
-            self.send_json(status, {"error": text}, *headers)
+            self.send(status, {"error": text}, *headers)
         self.wfile.flush()
         if has_more:
             self.drop_rest()
@@ -823,9 +803,6 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         """What http.server itself refuses; its messages quote the request, so they go nowhere."""
         raise Refusal(code, http.HTTPStatus(code).phrase.lower())
 
-    def handle_expect_100(self):
-        return True  # a body is not wanted
-
     def log_message(self, *args):
         pass  # see log()
 
@@ -837,49 +814,52 @@ class Handler(http.server.SimpleHTTPRequestHandler):
             raise Refusal(405, "only GET and HEAD", ("Allow", "GET, HEAD"))
         target = self.requestline.split()[1]  # as it was sent and signed
         path, _, query = re.sub("^https?://[^/?]*", "", target, flags=re.I).partition("?")
-        if path == "/healthz":
-            return self.send_text("ok")
         values = parse_query(query)
-        if path in ("", "/") and "repo" not in values:
-            return self.answer_front() if self.server.served_file else self.send_text(
-                "a server-update slave: /?repo=NAME starts an update, /status tells what is live")
-        signed = guard.check_signature(self.headers.get_all("X-Server-Update-Signature", []),
-                                       self.command, target, time.time())
-        if "repo" in values:
-            guard.check_repo(values["repo"])
-        if path in ("", "/", "/get", "/get/"):
-            return self.answer_signal(values, signed)
-        if path == "/status":
-            return self.answer_status(values)
-        raise Refusal(404, "no such path")
+        if path == "/healthz":
+            self.send(200, "ok")
+        elif path in ("", "/") and "repo" not in values:
+            self.answer_front()
+        else:
+            signatures = self.headers.get_all("X-Server-Update-Signature", [])
+            signed = guard.check_signature(signatures, self.command, target, time.time())
+            if "repo" in values:
+                guard.check_repo(values["repo"])
+            if path in ("", "/", "/get", "/get/"):
+                self.answer_signal(signed, **values)
+            elif path == "/status":
+                self.answer_status(**values)
+            else:
+                raise Refusal(404, "no such path")
 
-    def answer_signal(self, values, signed):
+    def answer_signal(self, signed, repo=None, ref=None, **_):
         if self.command != "GET":
             raise Refusal(405, "only GET starts an update", ("Allow", "GET"))
-        if "repo" not in values:
+        if repo is None:
             raise Refusal(400, "no 'repo'")
-        record = self.server.slave.take_signal(values["repo"], values.get("ref"), signed,
-                                               self.client_address[0])
-        location = "/status?repo=%s&update=%d" % (record.repo, record.update)
-        self.send_json(202, {"repo": record.repo, "update": record.update, "state": record.state,
-                             "ref": record.ref}, ("Location", location))
+        record = self.server.slave.take_signal(repo, ref, signed, self.client_address[0])
+        location = "/status?repo=%s&update=%d" % (repo, record.update)
+        self.send(202, {"repo": repo, "update": record.update, "state": record.state, "ref": ref},
+                  ("Location", location))
 
-    def answer_status(self, values):
-        """Says how one update ended, maybe once it has, or how the newest of each repository."""
-        slave, update = self.server.slave, int(values.get("update", 0))
-        if "repo" not in values:
-            newest = [slave.find(repo) for repo in sorted(slave.journal.records.copy())]
-            return self.send_json(200, {"version": VERSION, "repos": {
-                record.repo: slave.tell(record) for record in newest}})
-        wait_s = min(int(values.get("wait", 0)), MAX_WAIT_S)
-        record = slave.find(values["repo"], update, wait_s)
+    def answer_status(self, repo=None, update=0, wait=0, **_):
+        slave = self.server.slave
+        if repo is None:
+            newest = [slave.find(name) for name in sorted(slave.journal.records.copy())]
+            self.send(200, {"version": VERSION,
+                            "repos": {record.repo: slave.tell(record) for record in newest}})
+            return
+        record = slave.find(repo, int(update), min(int(wait), MAX_WAIT_S))
         if not record:
             raise Refusal(404, "no such update was asked for here")
-        return self.send_json(200, slave.tell(record))
+        self.send(200, slave.tell(record))
 
     def answer_front(self):
         """Sends the served file, as it is now."""
         path = self.server.served_file
+        if not path:
+            self.send(200, "a server-update slave: /?repo=NAME starts an update, /status tells "
+                      "what is live")
+            return
         if not os.path.isfile(path):
             raise Refusal(404, "the served file does not exist now")
         if not os.access(path, os.R_OK):
@@ -895,20 +875,14 @@ class Handler(http.server.SimpleHTTPRequestHandler):
     def translate_path(self, path):
         return self.server.served_file
 
-    def list_directory(self, path):
-        self.send_error(404)
-
-    def send_text(self, text):
-        self.send_bytes(200, text.encode("ascii") + b"\n", ("Content-Type", "text/plain"))
-
-    def send_json(self, status, value, *headers):
-        self.send_bytes(status, json.dumps(value).encode("ascii") + b"\n",
-                        ("Content-Type", "application/json"), *headers)
-
-    def send_bytes(self, status, body, *headers):
+    def send(self, status, value, *headers):
+        """Sends a text, or anything else as JSON."""
+        is_text = isinstance(value, str)
+        body = (value if is_text else json.dumps(value)).encode("ascii") + b"\n"
         self.send_response(status)
-        for name, value in (("Content-Length", str(len(body))),) + headers:
-            self.send_header(name, value)
+        for name, text in (("Content-Type", "text/plain" if is_text else "application/json"),
+                           ("Content-Length", str(len(body)))) + headers:
+            self.send_header(name, text)
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
@@ -930,14 +904,19 @@ class Server(http.server.ThreadingHTTPServer):
     address_family = socket.AF_INET6 if os.path.exists("/proc/net/if_inet6") else socket.AF_INET
 
     def __init__(self, slave, guard, served_file):
-        """Listens as the settings say; OSError where it can't, Mistake for a bad certificate."""
+        """Listens as the settings say; Mistake where it can't."""
         self.slave, self.guard, self.served_file = slave, guard, served_file
         self.connections = {}  # {accepted socket: (the socket now in use, waits since or None)}
         self.lock, self.second, self.refusals = threading.Lock(), 0, 0
         self.read_certificate()
-        bind = slave.settings["BIND"] or ("::" if self.address_family == socket.AF_INET6 else "")
-        self.address_family = socket.AF_INET6 if ":" in bind else socket.AF_INET
-        super().__init__((bind, slave.settings["PORT"]), functools.partial(Handler, directory="/"))
+        bind, port = slave.settings["BIND"], slave.settings["PORT"]
+        address = bind or ("::" if self.address_family == socket.AF_INET6 else "")
+        self.address_family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        try:
+            super().__init__((address, port), functools.partial(Handler, directory="/"))
+        except OSError as error:
+            raise Mistake("can't listen on port %d of %s: %s (see PORT and BIND)" % (
+                port, bind or "any address", error.strerror), 1)
 
     def server_bind(self):
         if self.server_address[0] == "::":
@@ -950,21 +929,23 @@ class Server(http.server.ThreadingHTTPServer):
 
     def service_actions(self):
         """Called twice a second at least: ends connections that are late, starts what waits."""
+        late = time.monotonic() - HEADER_TIMEOUT_S
         with self.lock:
             for accepted, (_, since) in list(self.connections.items()):
-                if since and since < time.monotonic() - HEADER_TIMEOUT_S:
+                if since and since < late:
                     self.drop(accepted)
         self.slave.start_queued()
 
     def process_request(self, request, client_address):
         """Has a new connection served in a thread of its own; where need be another one ends."""
         with self.lock:
-            waiting = [(since, accepted.fileno(), accepted) for accepted, (_, since)
-                       in self.connections.items() if since]
-            if len(self.connections) >= MAX_CONNECTIONS and waiting:
-                self.drop(min(waiting)[-1])
+            if len(self.connections) >= MAX_CONNECTIONS:
+                waiting = {accepted: since for accepted, (_, since) in self.connections.items()
+                           if since}
+                if waiting:
+                    self.drop(min(waiting, key=waiting.get))
             self.connections[request] = (request, time.monotonic())
-        peer = client_address[0].replace(IPV4_IN_IPV6, "")
+        peer = client_address[0].replace("::ffff:", "")  # IPv4 in IPv6's clothes
         super().process_request(request, (peer, client_address[1]))
 
     def note(self, accepted, current, is_waiting):
@@ -1006,35 +987,7 @@ class Server(http.server.ThreadingHTTPServer):
                 log(text)
 
 
-# -- the start ------------------------------------------------------------------------------------
-def find_slave_activate():
-    """The path of slave-activate: on PATH, beside this file, or in /bin."""
-    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "slave-activate")
-    for name in ("slave-activate", beside, "/bin/slave-activate"):
-        if shutil.which(name):
-            return shutil.which(name)
-    raise Mistake("no slave-activate on PATH, as '%s' or in /bin" % beside, 1)
-
-
-def open_journal(repos_dir):
-    folder = os.path.join(repos_dir, ".server-update")
-    try:
-        os.makedirs(repos_dir, exist_ok=True)
-        os.makedirs(folder, mode=0o700, exist_ok=True)
-        return Journal(folder)
-    except BlockingIOError:
-        raise Mistake("another slave.py works in REPOS_DIR '%s'" % repos_dir, 1)
-    except OSError as error:
-        raise Mistake("can't write in '%s': %s" % (folder, error.strerror), 1)
-
-
-def open_server(slave, guard, served_file):
-    try:
-        return Server(slave, guard, served_file)
-    except OSError as error:
-        raise Mistake("can't listen on port %d of %s: %s (see PORT and BIND)" % (
-            slave.settings["PORT"], slave.settings["BIND"] or "any address", error.strerror), 1)
-
+# -- the start ----------------------------------------------------------------------------------
 
 def serve(server):
     """Serves until SIGTERM or SIGINT, and then until no update runs."""
@@ -1062,17 +1015,19 @@ def serve(server):
 def run(options):
     """Starts all parts and blocks until the slave is to end; Mistake where it can't start."""
     settings = read_settings(os.environ, options)
-    guard, command = Guard(settings), find_slave_activate()
-    served_file = options["FILE"] and os.path.abspath(options["FILE"])
+    guard, served_file = Guard(settings), options["FILE"] and os.path.abspath(options["FILE"])
     if served_file and os.path.isdir(served_file):
         raise Mistake("'%s' is a folder, not a file to serve" % served_file, 2)
-    threading.stack_size(512 * 1024)
-    slave = Slave(settings, command, open_journal(settings["REPOS_DIR"]))
-    server = open_server(slave, guard, served_file)
+    beside = os.path.dirname(os.path.abspath(__file__))
+    command = shutil.which("slave-activate", path=os.pathsep.join(
+        [os.environ.get("PATH", os.defpath), beside, "/bin"]))
+    if not command:
+        raise Mistake("no slave-activate on PATH, in '%s' or in /bin" % beside, 1)
+    threading.stack_size(THREAD_STACK_BYTES)
+    server = Server(Slave(settings, command), guard, served_file)
     if not guard.secrets:
         log("no secret: who can reach the port can have repositories of %s updated here; to "
             "change that, put one into %s" % (settings["BASE_URL"], guard.path))
-    slave.journal.load()
     serve(server)
 
 
