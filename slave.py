@@ -22,7 +22,6 @@ import io
 import ipaddress
 import json
 import os
-import queue
 import re
 import shutil
 import signal
@@ -991,16 +990,18 @@ class Server(http.server.ThreadingHTTPServer):
 
 def serve(server):
     """Serves until SIGTERM or SIGINT, and then until no update runs."""
-    signals, settings = queue.SimpleQueue(), server.slave.settings
+    settings, (signals, wakeup) = server.slave.settings, os.pipe()
+    os.set_blocking(wakeup, False)
+    signal.set_wakeup_fd(wakeup)  # wakes main whichever thread the kernel gives the signal to
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda number, frame: signals.put(number))
+        signal.signal(number, lambda number, frame: None)
     server.slave.resume()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     log("slave.py %s puts clones live in %s, with %s" % (
         VERSION, settings["REPOS_DIR"], server.slave.command))
     log("listening on port %d (%s%s)" % (server.server_address[1], settings["BIND"] or
                                          "all addresses", ", TLS" if server.tls else ""))
-    while signals.get() == signal.SIGHUP:
+    while os.read(signals, 1)[0] == signal.SIGHUP:
         try:
             server.read_certificate()
             log("the TLS certificate is read again (SIGHUP)")

@@ -1,9 +1,12 @@
 """The contract from outside: a plain client against slave.py, server-update and a plain server."""
+import ctypes
 import json
+import os
 import re
 import socket
 import subprocess
 import time
+from signal import SIGINT, SIGTERM
 
 import pytest
 from plain_slave import PlainSlave, refusing_entry
@@ -232,6 +235,15 @@ def test_a_stopping_slave_says_503_or_is_gone(start_slave, upstream, http_upstre
     http_upstream.fault = None
     slave.start()
     assert slave.json("/status?repo=hanuman&update=%d&wait=30" % update)["state"] == "live"
+
+
+@pytest.mark.parametrize("number", [SIGTERM, SIGINT])
+def test_it_stops_whichever_of_its_threads_gets_the_signal(start_slave, number):
+    slave = start_slave()
+    threads = sorted(map(int, os.listdir("/proc/%d/task" % slave.process.pid)))
+    assert len(threads) > 1
+    assert ctypes.CDLL(None).tgkill(slave.process.pid, threads[-1], number) == 0
+    assert slave.process.wait(10) == 0
 
 
 # -- names and refs, judged the same by each of the three ------------------
