@@ -13,6 +13,7 @@ by SIGTERM or SIGINT, 1 could not start, 2 usage or settings.
 """
 
 import argparse
+import contextlib
 import fcntl
 import fnmatch
 import functools
@@ -44,22 +45,19 @@ MAX_QUEUED = 100  # repositories with an update that waits
 MAX_ENDED = 10  # ended updates that are remembered, a repository
 MAX_TRIES = 3  # starts of one update; more only where the slave was stopped cleanly
 KILL_AFTER_S = 10  # from TERM to KILL
-LEFTOVER_S = 1  # the same, for what a run that has ended left in its process group
+LEFTOVER_S = 0.5  # the same, for what a run that has ended left in its process group
 POLL_S = 0.02  # how often a run is asked whether it has ended
-MAX_OUTPUT_LINE_BYTES = 4096
 MAX_MESSAGE_CHARS = 300
 HEADER_TIMEOUT_S = 10  # for a whole request header, and for a TLS handshake
 SEND_TIMEOUT_S = 30  # for a peer to take anything
-MAX_LINE_BYTES = 8192
+MAX_LINE_BYTES = 8192  # of a request, and of what slave-activate says
 MAX_HEADER_BYTES = 16384
-MAX_BODY_BYTES = 65536  # of a body that is read, and thrown away
 MAX_CONNECTIONS = 256
 MAX_POLLS = 128  # held back at once; further ones are answered at once
 MAX_WAIT_S = 30
 MAX_CLOCK_DIFFERENCE_S = 300
 MAX_NONCES = 65536
 MAX_REFUSALS_LOGGED = 10  # a second
-THREAD_STACK_BYTES = 512 * 1024
 RETRY_LATER = ("Retry-After", "2")
 HASH_RE = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 NUMBER_RE = re.compile("[0-9]{1,15}")
@@ -135,19 +133,11 @@ def escape(text):
 def log(text):
     """Writes a line to stderr, in one write, so that the lines of threads never mix."""
     line = "%s %s\n" % (time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), escape(text))
-    try:
+    with contextlib.suppress(OSError):  # nobody reads the log: no reason to stop updating
         os.write(2, line.encode("utf-8", "backslashreplace"))
-    except OSError:
-        pass  # nobody reads the log: no reason to stop updating
 
 
 # -- settings: each parser takes a text that is not empty, and raises ValueError ----------------
-
-def parse_number(low, high, text):
-    if not re.fullmatch("[0-9]{1,7}", text) or not low <= int(text) <= high:
-        raise ValueError(text)
-    return int(text)
-
 
 def parse_matching(pattern, text):
     if not re.fullmatch(pattern, text) or not text.isprintable():
@@ -155,13 +145,19 @@ def parse_matching(pattern, text):
     return text
 
 
+def parse_number(low, high, text):
+    if not low <= int(parse_matching("[0-9]{1,7}", text)) <= high:
+        raise ValueError(text)
+    return int(text)
+
+
 def parse_path(text):
     return parse_matching("/.*", os.path.expanduser(text) if text.startswith("~/") else text)
 
 
 def parse_networks(text):
-    text = text.replace("::ffff:", "")  # IPv4 in IPv6's clothes
-    return [ipaddress.ip_network(part) for part in text.replace(",", " ").split()]
+    text = text.replace("::ffff:", "").replace(",", " ")  # IPv4 may come in IPv6's clothes
+    return [ipaddress.ip_network(part) for part in text.split()]
 
 
 def parse_globs(text):
@@ -223,10 +219,10 @@ def read_settings(environ, options):
                 values.update(parse_settings_file(lines, path))
     except OSError as error:
         raise Mistake("can't read settings file '%s': %s" % (path, error.strerror), 2)
-    for key in SETTINGS:
-        for name, source in (("SERVER_UPDATE_" + key, environ), (option_name(key), options)):
-            if source.get(name):
-                values[key] = parse_setting(key, source[name].strip(), "", " (set by %s)" % name)
+    for source, to_name in ((environ, "SERVER_UPDATE_{}".format), (options, option_name)):
+        for key in (key for key in SETTINGS if source.get(to_name(key))):
+            name = to_name(key)
+            values[key] = parse_setting(key, source[name].strip(), "", " (set by %s)" % name)
     if values["TLS_KEY"] and not values["TLS_CERT"]:
         raise Mistake("TLS_KEY is set, but TLS_CERT is not", 2)
     return values
@@ -412,24 +408,19 @@ class Journal:
 
 def read_live_commit(tree):
     """The commit that is checked out in a clone, or None where its files do not say (reftable)."""
+    def read(name):
+        with open(os.path.join(tree, ".git", name), encoding="utf-8") as handle:
+            return handle.read().strip()
+
     try:
-        commit = read_text(tree, "HEAD")
+        commit = read("HEAD")
         if commit.startswith("ref: "):
             ref = commit[len("ref: "):]
-            try:
-                commit = read_text(tree, ref)
-            except FileNotFoundError:
-                packed = re.findall("^(.*) %s$" % re.escape(ref), read_text(tree, "packed-refs"),
-                                    re.MULTILINE)
-                commit = "".join(packed)
+            commit = read(ref) if os.path.exists(os.path.join(tree, ".git", ref)) else "".join(
+                re.findall("^(.*) %s$" % re.escape(ref), read("packed-refs"), re.MULTILINE))
     except (OSError, ValueError):
         return None
     return commit if HASH_RE.fullmatch(commit) else None
-
-
-def read_text(tree, name):
-    with open(os.path.join(tree, ".git", name), encoding="utf-8") as handle:
-        return handle.read().strip()
 
 
 class Activation:
@@ -446,7 +437,7 @@ class Activation:
 
     def log_stderr(self):
         with self.process.stderr as lines:
-            for line in iter(functools.partial(lines.readline, MAX_OUTPUT_LINE_BYTES), b""):
+            for line in iter(functools.partial(lines.readline, MAX_LINE_BYTES), b""):
                 text = line.decode("utf-8", "replace").rstrip()
                 if text:
                     log("%s: %s" % (self.repo, text))
@@ -482,11 +473,10 @@ class Activation:
             return False
 
     def clear_up(self):
-        """Ends what the run left in its group; blocks for LEFTOVER_S at most."""
-        give_up_at = time.monotonic() + LEFTOVER_S
-        while self.signal_group(0) and time.monotonic() < give_up_at:
-            time.sleep(POLL_S)
-        self.signal_group(signal.SIGKILL)
+        """Ends what the run left in its group, which has been told to go."""
+        if self.signal_group(0):
+            time.sleep(LEFTOVER_S)
+            self.signal_group(signal.SIGKILL)
 
 
 def judge(repo, status, stdout, said, late_after_s=None):
@@ -571,19 +561,6 @@ class Guard:
         globs = self.settings["ALLOW_REPOS"]
         if globs and not any(fnmatch.fnmatchcase(repo, glob) for glob in globs):
             raise Refusal(403, "not an allowed repository")
-
-
-def make_tls_context(cert, key):
-    """For TLS 1.2 or newer; None where no certificate is set, Mistake where it is no good."""
-    if not cert:
-        return None
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    try:
-        context.load_cert_chain(cert, key, password=lambda: "")  # it must never ask
-    except (OSError, ValueError) as error:
-        raise Mistake("bad TLS_CERT '%s' or TLS_KEY '%s': %s" % (cert, key or cert, error), 2)
-    return context
 
 
 # -- the slave ----------------------------------------------------------------------------------
@@ -696,8 +673,8 @@ class Slave:
     def tree(self, repo):
         return os.path.join(self.settings["REPOS_DIR"], repo)
 
-    def find(self, repo, update=0, wait_s=0):
-        """The record that answers for an update; waits `wait_s` at most until it has ended."""
+    def status(self, repo, update=0, wait_s=0):
+        """What /status tells of an update, or None; waits `wait_s` at most until it has ended."""
         def is_over():
             record = find(self.journal.records.get(repo, Records()), update)
             return not record or record.finished or self.stopping.is_set()
@@ -706,15 +683,11 @@ class Slave:
             with self.journal.ended:
                 self.journal.ended.wait_for(is_over, wait_s)
             self.polls.release()
-        return find(self.journal.records.get(repo, Records()), update)
-
-    def tell(self, record):
-        """A record for /status; the newest one tells what is live now, whoever made it so."""
-        if record is find(self.journal.records[record.repo]):
-            live = read_live_commit(self.tree(record.repo))
-            if live or not os.path.exists(self.tree(record.repo)):
-                record = record._replace(commit=live)
-        return dict(zip(Record._fields[:10], record))
+        records, tree = self.journal.records.get(repo, Records()), self.tree(repo)
+        record, live = find(records, update), read_live_commit(tree)
+        if record is find(records) and (live or not os.path.exists(tree)):
+            record = record and record._replace(commit=live)  # it may have been put live by hand
+        return record and dict(zip(Record._fields[:10], record))
 
 
 # -- connections --------------------------------------------------------------------------------
@@ -796,7 +769,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         self.note_waiting()
         socket.socket.shutdown(self.request, socket.SHUT_WR)
         self.request.settimeout(1)
-        self.input.read(MAX_BODY_BYTES)
+        self.input.read(MAX_HEADER_BYTES)
 
     def send_error(self, code, message=None, explain=None):
         """What http.server itself refuses; its messages quote the request, so they go nowhere."""
@@ -843,14 +816,13 @@ class Handler(http.server.SimpleHTTPRequestHandler):
     def answer_status(self, repo=None, update=0, wait=0, **_):
         slave = self.server.slave
         if repo is None:
-            newest = [slave.find(name) for name in sorted(slave.journal.records.copy())]
-            self.send(200, {"version": VERSION,
-                            "repos": {record.repo: slave.tell(record) for record in newest}})
+            repos = {name: slave.status(name) for name in sorted(slave.journal.records.copy())}
+            self.send(200, {"version": VERSION, "repos": repos})
             return
-        record = slave.find(repo, int(update), min(int(wait), MAX_WAIT_S))
-        if not record:
+        told = slave.status(repo, int(update), min(int(wait), MAX_WAIT_S))
+        if not told:
             raise Refusal(404, "no such update was asked for here")
-        self.send(200, slave.tell(record))
+        self.send(200, told)
 
     def answer_front(self):
         """Sends the served file, as it is now."""
@@ -900,7 +872,7 @@ class Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
     allow_reuse_port = False  # a second slave on the same port is a mistake
     request_queue_size = 1024
-    address_family = socket.AF_INET6 if os.path.exists("/proc/net/if_inet6") else socket.AF_INET
+    server_bind = socketserver.TCPServer.server_bind  # HTTPServer's looks up a name
 
     def __init__(self, slave, guard, served_file):
         """Listens as the settings say; Mistake where it can't."""
@@ -909,7 +881,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.lock, self.second, self.refusals = threading.Lock(), 0, 0
         self.read_certificate()
         bind, port = slave.settings["BIND"], slave.settings["PORT"]
-        address = bind or ("::" if self.address_family == socket.AF_INET6 else "")
+        address = bind or ("::" if os.path.exists("/proc/net/if_inet6") else "0.0.0.0")
         self.address_family = socket.AF_INET6 if ":" in address else socket.AF_INET
         try:
             super().__init__((address, port), functools.partial(Handler, directory="/"))
@@ -917,14 +889,17 @@ class Server(http.server.ThreadingHTTPServer):
             raise Mistake("can't listen on port %d of %s: %s (see PORT and BIND)" % (
                 port, bind or "any address", error.strerror), 1)
 
-    def server_bind(self):
-        if self.server_address[0] == "::":
-            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)  # IPv4 as well
-        socketserver.TCPServer.server_bind(self)  # HTTPServer's would look up a name
-
     def read_certificate(self):
-        settings = self.slave.settings
-        self.tls = make_tls_context(settings["TLS_CERT"], settings["TLS_KEY"])
+        """Makes ready for TLS, where there is a certificate; Mistake where that is no good."""
+        cert, key = self.slave.settings["TLS_CERT"], self.slave.settings["TLS_KEY"]
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        try:
+            if cert:
+                context.load_cert_chain(cert, key, password=lambda: "")  # it must never ask
+        except (OSError, ValueError) as error:
+            raise Mistake("bad TLS_CERT '%s' or TLS_KEY '%s': %s" % (cert, key or cert, error), 2)
+        self.tls = context if cert else None
 
     def service_actions(self):
         """Called twice a second at least: ends connections that are late, starts what waits."""
@@ -956,10 +931,8 @@ class Server(http.server.ThreadingHTTPServer):
     def drop(self, accepted):
         """Ends a connection; its thread finds no more to read, or that it can't write."""
         current, _ = self.connections.pop(accepted)
-        try:
+        with contextlib.suppress(OSError):
             socket.socket.shutdown(current, socket.SHUT_RDWR)  # ssl's own is not for two threads
-        except OSError:
-            pass
 
     def shutdown_request(self, request):
         with self.lock:
@@ -1024,7 +997,7 @@ def run(options):
         [os.environ.get("PATH", os.defpath), beside, "/bin"]))
     if not command:
         raise Mistake("no slave-activate on PATH, in '%s' or in /bin" % beside, 1)
-    threading.stack_size(THREAD_STACK_BYTES)
+    threading.stack_size(512 * 1024)
     server = Server(Slave(settings, command), guard, served_file)
     if not guard.secrets:
         log("no secret: who can reach the port can have repositories of %s updated here; to "
