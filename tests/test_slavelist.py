@@ -1,0 +1,174 @@
+"""The slave list: every form, every mistake, and what is the same slave."""
+
+import time
+
+import pytest
+from conftest import ROOT
+
+LIMIT_10K_S = 0.2
+
+
+@pytest.mark.parametrize(
+    ("entry", "origin", "path", "query"),
+    [
+        ("web1", "http://web1:9999", "/", ""),
+        ("WEB1.Example.COM", "http://web1.example.com:9999", "/", ""),
+        ("web1.example.com.", "http://web1.example.com.:9999", "/", ""),
+        ("web_1:8080", "http://web_1:8080", "/", ""),
+        ("192.0.2.7", "http://192.0.2.7:9999", "/", ""),
+        ("192.0.2.7:1", "http://192.0.2.7:1", "/", ""),
+        ("[2001:DB8::7]", "http://[2001:db8::7]:9999", "/", ""),
+        ("[2001:db8::7]:65535", "http://[2001:db8::7]:65535", "/", ""),
+        ("http://web1", "http://web1:80", "/", ""),
+        ("HTTPS://web1/", "https://web1:443", "/", ""),
+        ("https://web1:9999/get/", "https://web1:9999", "/get/", ""),
+        ("http://[::1]:8080/a/b?c=d&e=%20", "http://[::1]:8080", "/a/b", "c=d&e=%20"),
+        ("http://web1?key=1", "http://web1:80", "/", "key=1"),
+        ("bücher.example", "http://xn--bcher-kva.example:9999", "/", ""),
+        ("https://例え.jp/x", "https://xn--r8jz45g.jp:443", "/x", ""),
+    ],
+)
+def test_every_form(server_update, entry, origin, path, query):
+    slave = server_update.parse_slave(entry)
+    assert slave == (entry, origin, path, query)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("web1:80x", "bad port '80x'"),
+        ("web1:", "bad port ''"),
+        ("web1:0", "bad port '0'"),
+        ("web1:65536", "bad port '65536'"),
+        ("web1:99999", "bad port '99999'"),
+        ("web1:-1", "bad port '-1'"),
+        ("web1:٨٠", "bad port '٨٠'"),
+        ("http://web1:80x/", "bad port '80x'"),
+        (":80", "bad host ':80'"),
+        ("-web1", "bad host '-web1'"),
+        ("web..1", "bad host 'web..1'"),
+        ("web1,web2", "bad host 'web1,web2'"),
+        ("user@web1", "bad host 'user@web1'"),
+        ("http://user:secret@web1/", "bad port 'secret@web1'"),
+        ("a" * 64, "bad host '%s'" % ("a" * 64)),
+        ("1.2.3.400", "bad host '1.2.3.400'"),
+        ("1.2.3", "bad host '1.2.3'"),
+        ("300", "bad host '300'"),
+        ("[::1", "bad slave '[::1' (host, host:port, [IPv6]:port or a URL)"),
+        ("[::g]", "bad host '[::g]'"),
+        ("[fe80::1%eth0]", "bad host '[fe80::1%eth0]'"),
+        ("[127.0.0.1]", "bad host '[127.0.0.1]'"),
+        ("::1", "bad host '::1'"),
+        ("2001:db8::1", "bad host '2001:db8::1'"),
+        ("http://", "bad host 'http://'"),
+        ("http:///x", "bad host 'http:///x'"),
+        ("ftp://web1/", "bad slave 'ftp://web1/' (host, host:port, [IPv6]:port or a URL)"),
+        ("web1/get/", "bad slave 'web1/get/' (host, host:port, [IPv6]:port or a URL)"),
+        ("web1 web2", "bad host 'web1 web2'"),
+        ("http://web1/a b", "bad slave 'http://web1/a b' (host, host:port, [IPv6]:port or a URL)"),
+        (
+            "http://web1/\u202e",
+            r"bad slave 'http://web1/\u202e' (host, host:port, [IPv6]:port or a URL)",
+        ),
+        ("web\x001", r"bad host 'web\x001'"),
+        ("web1\x1b[2J", r"bad slave 'web1\x1b[2J' (host, host:port, [IPv6]:port or a URL)"),
+        ("\udcff", r"bad host '\udcff'"),
+    ],
+)
+def test_every_mistake(server_update, entry, message):
+    with pytest.raises(ValueError) as caught:
+        server_update.parse_slave(entry)
+    assert str(caught.value) == message
+
+
+def test_the_whole_list_is_read_and_each_mistake_is_told_with_its_line(server_update):
+    with pytest.raises(ValueError) as caught:
+        server_update.parse_slavelist(
+            b"web1\n# web2:80x\nweb2:80x\n\n  \nweb3\nuser@web4 # no", "l"
+        )
+    assert str(caught.value) == "l:3: bad port '80x'\nl:7: bad host 'user@web4'"
+
+
+@pytest.mark.parametrize("data", [b"", b"\n", b"# web1\n\n   # web2", b"\xef\xbb\xbf"])
+def test_a_list_without_a_slave_is_a_mistake(server_update, data):
+    with pytest.raises(ValueError, match="^l: no slave in the list"):
+        server_update.parse_slavelist(data, "l")
+
+
+def test_crlf_byte_order_mark_comments_and_no_last_newline(server_update):
+    data = b"\xef\xbb\xbfweb1\r\n  web2:80\t# the second\r\n\r\n#web3\r\nb\xc3\xbccher.example"
+    slaves = server_update.parse_slavelist(data, "l")
+    assert [slave.entry for slave in slaves] == ["web1", "web2:80", "bücher.example"]
+
+
+def test_what_is_not_utf_8_is_a_mistake_with_its_line_but_for_comments(server_update):
+    with pytest.raises(ValueError) as caught:
+        server_update.parse_slavelist(b"web1 # caf\xe9\nw\xe9b2\n", "l")
+    assert str(caught.value) == r"l:2: bad host 'w\udce9b2'"
+
+
+@pytest.mark.parametrize(
+    "spellings",
+    [
+        ("web1", "web1:9999", "http://web1:9999/", "WEB1", "http://Web1:9999", "HTTP://web1:9999"),
+        ("http://web1", "http://web1:80/", "web1:80"),
+        ("https://web1/", "https://web1:443"),
+        ("[::1]", "[0:0:0:0:0:0:0:1]:9999", "http://[::1]:9999/"),
+        ("bücher.example", "xn--bcher-kva.example", "BÜCHER.example"),
+    ],
+)
+def test_a_slave_in_other_spellings_is_one_slave(server_update, spellings):
+    slaves = server_update.parse_slavelist("\n".join(spellings).encode(), "l")
+    assert [slave.entry for slave in slaves] == [spellings[0]]
+
+
+@pytest.mark.parametrize(
+    "spellings",
+    [
+        ("web1", "http://web1/"),
+        ("http://web1/", "https://web1/"),
+        ("http://web1/", "http://web1/a"),
+        ("http://web1/", "http://web1/?a"),
+        ("web1", "web1."),
+    ],
+)
+def test_what_could_be_two_slaves_is_two(server_update, spellings):
+    assert len(server_update.parse_slavelist("\n".join(spellings).encode(), "l")) == 2
+
+
+def test_ten_thousand_lines_are_read_at_once(server_update):
+    data = b"".join(b"web%d.example.com:8080  # rack %d\n" % (n, n % 7) for n in range(10000))
+    times = []
+    for _ in range(3):
+        begun = time.perf_counter()
+        assert len(server_update.parse_slavelist(data, "l")) == 10000
+        times.append(time.perf_counter() - begun)
+    assert min(times) < LIMIT_10K_S
+
+
+def test_limit_takes_the_entries_that_match(server_update, tmp_path):
+    path = tmp_path / "l"
+    path.write_text("web1\nweb2:80\ndb1\n[::1]\n")
+
+    def entries(*globs):
+        return [slave.entry for slave in server_update.read_slavelist(str(path), globs)]
+
+    assert entries() == ["web1", "web2:80", "db1", "[::1]"]
+    assert entries("web*") == ["web1", "web2:80"]
+    assert entries("db?", "web1") == ["web1", "db1"]
+    with pytest.raises(ValueError, match=r"^no slave in \S+/l matches --limit web2 x$"):
+        entries("web2", "x")
+
+
+def test_the_template_is_a_list_without_active_slaves(server_update):
+    text = (ROOT / "slavelist.txt").read_bytes()
+    with pytest.raises(ValueError, match="no slave in the list"):
+        server_update.parse_slavelist(text, "slavelist.txt")
+    examples = [
+        line.split()[1]
+        for line in text.decode().split("\n")
+        if line.startswith("#   ") and len(line.split()) > 1
+    ]
+    assert len(examples) >= 5
+    for entry in examples:
+        assert server_update.parse_slave(entry).entry == entry
