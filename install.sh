@@ -120,8 +120,9 @@ RestartSec=5
 RestartPreventExitStatus=2
 KillMode=mixed
 TimeoutStopSec=20
-# Closed: privileges (no sudo in hooks), devices, the kernel's settings, unusual system calls
-$(printf '%s=yes\n' NoNewPrivileges PrivateDevices PrivateTmp ProtectClock ProtectControlGroups \
+# Closed: sudo in hooks (root's have no need of it), devices, kernel settings, unusual system calls
+NoNewPrivileges=$(if [ "$user" = root ]; then echo no; else echo yes; fi)
+$(printf '%s=yes\n' PrivateDevices PrivateTmp ProtectClock ProtectControlGroups \
   ProtectHostname ProtectKernelLogs ProtectKernelModules ProtectKernelTunables LockPersonality \
   RemoveIPC RestrictNamespaces RestrictRealtime RestrictSUIDSGID)
 SystemCallArchitectures=native
@@ -165,7 +166,7 @@ END
 find_manager() { # systemd, openrc or none; services is set where it may be told to do things
   manager=none unit='' log='' services=''
   [ -z "$private" ] || return 0
-  if [ -e "$DESTDIR/sbin/openrc-run" ] && [ ! -d /run/systemd/system ]; then
+  if [ -e "$DESTDIR/sbin/openrc-run" ] && [ ! -d "$DESTDIR/run/systemd/system" ]; then
     manager=openrc unit=$DESTDIR/etc/init.d/$SERVICE log=/var/log/$SERVICE.log
   elif [ -n "$DESTDIR" ] || [ -d /run/systemd/system ]; then
     manager=systemd unit=$DESTDIR/etc/systemd/system/$SERVICE.service log="journalctl -u $SERVICE"
@@ -218,18 +219,21 @@ check_usage() {
   case "$role:$given " in
     slave:*--new-secret* | master:*--[rbs]* | master:*--port* | master:*--no-start* | \
       uninstall:*--[!pd]*) die 2 "not for $role:$given" ;;
-    master:* | slave:* | uninstall:*) ;;
+    master:*) tools=python3 files='server-update slavelist.txt' ;;
+    slave:*) tools='python3 git' files='slave.py slave-activate' ;;
+    uninstall:*) tools=python3 files=slave.py ;;
     *) die 2 "unknown role '$role': it is master, slave or uninstall; see ./install.sh --help" ;;
   esac
   [ "$role" = master ] || [ -z "$slaves" ] || die 2 "$role takes no '${slaves# }'"
-  case $prefix:$serve in
-    *[\"\'\`\\\$%]* | *[[:cntrl:]]* | [!/:]* | *:[!/]*)
+  case "$prefix|$serve" in
+    *[\"\'\`\\\$%]* | *[[:cntrl:]]* | [!/\|]* | *\|[!/]*)
       die 2 "--prefix and --serve take absolute paths without quotes, \\, \$ and %" ;;
   esac
 }
 
-check_tools() { # TOOL...
-  for tool in "$@"; do command -v "$tool" >/dev/null || die 1 "no $tool: install it first"; done
+check_needs() {
+  for tool in $tools; do command -v "$tool" >/dev/null || die 1 "no $tool: install it first"; done
+  for file in $files; do [ -r "$here/$file" ] || die 1 "no $file beside install.sh"; done
   why=$(python3 -c 'import sys; version = sys.version_info[:2]
 if version < (3, 7): sys.exit("python3 is %d.%d here, and must be 3.7 or newer" % version)
 import ctypes, http.server, ssl' 2>&1) || die 1 "$(say "$why" | tail -n 1)"
@@ -238,8 +242,7 @@ import ctypes, http.server, ssl' 2>&1) || die 1 "$(say "$why" | tail -n 1)"
 find_places() {
   private='' with_list='' with_conf='' DESTDIR=${DESTDIR-}
   [ "$(id -u)" -eq 0 ] || [ -n "$DESTDIR" ] || private=yes # settings of their own, to be named
-  [ -z "$private" ] || [ -n "$prefix" ] ||
-    die 1 "not root: use sudo, or a folder of your own, as in --prefix \"\$HOME/.local\""
+  [ "$private$prefix" != yes ] || die 1 "not root: use sudo, or --prefix \"\$HOME/.local\""
   here=$(cd "$(dirname "$0")" && pwd)
   prefix=${prefix:-/usr/local} prefix=${prefix%/}
   bin=$DESTDIR$prefix/bin share=$DESTDIR$prefix/share etc=$DESTDIR/etc/server-update
@@ -257,8 +260,7 @@ find_user() { # an upgrade keeps who runs the slave, and what it serves
   [ -z "$private" ] || user=$(id -un)
   case $user in *[!A-Za-z0-9._-]* | -*) die 2 "bad user name '$user'" ;; esac
   [ -n "$DESTDIR" ] || id "$user" >/dev/null 2>&1 || die 2 "there is no user '$user' here"
-  [ -n "$private" ] || eval "home=~$user"
-  [ "${home#/}" != "$home" ] || home=/home/$user # not here, but where DESTDIR goes
+  [ -n "$private$DESTDIR" ] || eval "home=~$user"
   [ "${given#*--serve}" != "$given" ] || serve=$(say "$before" |
     sed -n "s/^ExecStart=.* '\(.*\)'\$/\1/p; s/^command_args=\" '\(.*\)'\"\$/\1/p")
   [ -z "$serve" ] || served=" '$serve'"
@@ -270,7 +272,7 @@ check_list() { # FILE, or - for standard input: server-update's own view of it
 
 install_master() {
   [ -z "$slaves" ] || say "${slaves# }" | tr ' ' '\n' | check_list -
-  ! grep -qs '^[^#]' "$list" || check_list "$list"
+  ! grep -qs '^ *[^# ]' "$list" || check_list "$list"
   install_script server-update python3 1 'have all slaves update a repository'
   if [ -d "$share/bash-completion" ] || [ -d "$DESTDIR/usr/share/bash-completion" ]; then
     put 644 "$share/bash-completion/completions/server-update" "$(completion)"
@@ -283,9 +285,8 @@ install_master() {
 }
 
 make_secret() {
-  if [ -e "$secret" ]; then say "kept $secret"; else
-    put 600 "$secret" "$(python3 -c 'import secrets; print(secrets.token_hex(32))')"
-  fi
+  [ ! -e "$secret" ] || say "kept $secret"
+  [ -e "$secret" ] || put 600 "$secret" "$(python3 -c 'import os; print(os.urandom(32).hex())')"
   [ -n "$DESTDIR" ] || [ -n "$(find "$secret" -prune -user "$user" 2>/dev/null)" ] ||
     act give gave "$secret to $user" chown "$user" "$secret"
   say "To bring the secret to a slave, where USER runs slave.py:"
@@ -295,7 +296,7 @@ make_secret() {
 
 install_slave() {
   set -- "BASE_URL=$base_url" "REPOS_DIR=$repos" "PORT=$port"
-  known=$(ask_slave "$@")
+  known=$(ask_slave)
   install_script slave-activate sh 8 'put a fresh clone live'
   install_script slave.py python3 8 'take signals and update the clones' restart
   [ -z "$DESTDIR" ] || [ -d "$DESTDIR/bin" ] || act make made "$DESTDIR/bin" mkdir "$DESTDIR/bin"
@@ -316,7 +317,7 @@ install_slave() {
       say "To start slave.py as $user, on port $port, with its clones in $repos:"
       say "  $with_conf'$prefix/bin/slave.py'$served" ;;
   esac
-  say "Settings: $conf. Next, on the master: ./install.sh master $(uname -n)"
+  [ -n "$DESTDIR" ] || say "Settings: $conf. Next, on the master: ./install.sh master $(uname -n)"
 }
 
 uninstall() {
@@ -338,7 +339,7 @@ main() {
   parse_args "$@"
   check_usage
   find_places
-  if [ "$role" = slave ]; then check_tools python3 git; else check_tools python3; fi
+  check_needs
   find_user
   exec 9</ # one run at a time: a kernel lock, which dies with us
   python3 -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)'

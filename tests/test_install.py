@@ -15,7 +15,7 @@ from conftest import PYTHON, SOURCES
 
 SCRIPTS = ("install.sh", "server-update", "slave.py", "slave-activate", "slavelist.txt")
 SHELLS = ("dash", "busybox ash", "bash")
-KILL_POINTS = 12  # at how many of its commands an install is killed
+KILL_POINTS = 9  # at how many of its commands an install is killed
 AT_ONCE = 6
 MAX_EXPOSURE = 4.0
 SERVICE = "server-update-slave"
@@ -347,7 +347,7 @@ def test_mistakes_in_settings_that_are_there_stop_an_upgrade(installer):
 
 def test_not_root_and_no_prefix_is_told_what_to_do(installer, as_user):
     assert installer.refused("slave", staged=False, before=as_user, status=1) == (
-        "install.sh: not root: use sudo, or a folder of your own, as in --prefix \"$HOME/.local\""
+        'install.sh: not root: use sudo, or --prefix "$HOME/.local"'
     )
 
 
@@ -375,6 +375,17 @@ def test_a_missing_tool_is_named(installer, tmp_path):
         assert installer.refused(role, env=no_python, status=1) == (
             "install.sh: no python3: install it first"
         )
+
+
+NEEDED = (("slave", "slave-activate"), ("slave", "slave.py"), ("master", "slavelist.txt"))
+
+
+def test_a_missing_script_is_named(installer):
+    for role, name in NEEDED:
+        (installer.folder / name).rename(installer.folder / "away")
+        message = "install.sh: no %s beside install.sh" % name
+        assert installer.refused(role, status=1) == message
+        (installer.folder / "away").rename(installer.folder / name)
 
 
 FAKE_PYTHON = """#!/bin/sh

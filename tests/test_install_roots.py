@@ -132,6 +132,69 @@ def test_from_a_bare_host_to_an_update_and_gone_again(machine, suite, tools):
     assert "Nothing had to be changed" in install("uninstall")
 
 
+# --- with OpenRC, or what its commands do for us ---
+
+OPENRC = {
+    "/sbin/openrc-run": """#!/bin/sh
+pidfile=/run/${1##*/}.pid
+need() { :; }
+use() { :; }
+checkpath() { touch "$6"; }
+. "$1"
+case $2 in
+  start)
+    start_pre
+    eval "set -- $command $command_args"
+    "$@" </dev/null >/dev/null 2>>"$error_log" &
+    echo $! >"$pidfile" ;;
+  stop) kill "$(cat "$pidfile")"; while "$0" "$1" status; do sleep 0.1; done ;;
+  restart) "$0" "$1" stop; exec "$0" "$1" start ;;
+  status) read -r pid 2>/dev/null <"$pidfile" && grep -q '^State:.[^Z]' "/proc/$pid/status" ;;
+esac 2>/dev/null
+""",
+    "/sbin/rc-service": '#!/bin/sh\nexec "/etc/init.d/$2" "$3"\n',
+    "/sbin/rc-update": """#!/bin/sh
+mkdir -p "/etc/runlevels/$4"
+case $2 in
+  add) ln -s "/etc/init.d/$3" "/etc/runlevels/$4/$3" ;;
+  delete) rm "/etc/runlevels/$4/$3" ;;
+esac
+""",
+}
+
+
+def test_the_openrc_service_starts_and_restarts_only_on_change(machine):
+    bare = machine("bookworm")
+    env = put_busybox_first(bare)
+    for name, text in OPENRC.items():
+        bare.path(name).write_text(text)
+        bare.path(name).chmod(0o755)
+    upstream = make_upstream(bare)
+    before = list_files(bare)
+
+    def install(*args):
+        return bare.check("./install.sh", *args, env=env, cwd=CHECKOUT)
+
+    out = install("slave", "--base-url", "/srv/up", "--prefix", "/opt/my tools")
+    assert "enabled the service %s\nstarted the service %s\n" % (SERVICE, SERVICE) in out
+    install("master", "127.0.0.1")
+    assert upstream.head()[:7] in bare.check("server-update", "hanuman", env=env)
+    log = "/var/log/%s.log" % SERVICE
+    assert "listening on port 9999" in bare.path(log).read_text()
+    first = bare.path("/run/%s.pid" % SERVICE).read_text()
+    assert "Nothing had to be changed" in install("slave", "--prefix", "/opt/my tools")
+    assert bare.path("/run/%s.pid" % SERVICE).read_text() == first
+    with bare.path(CHECKOUT + "/slave.py").open("a") as script:
+        script.write("# newer\n")
+    assert "restarted the service" in install("slave", "--prefix", "/opt/my tools")
+    assert bare.path("/run/%s.pid" % SERVICE).read_text() != first
+    assert "stopped" not in install("uninstall")  # that was the master, in /usr/local
+    out = install("uninstall", "--prefix", "/opt/my tools")
+    assert "stopped %s\ndisabled %s\n" % (SERVICE, SERVICE) in out
+    left = {name for name in list_files(bare) - before if not name.startswith("/root/repos/")}
+    assert left == {log, "/etc/server-update/slave.conf", "/etc/server-update/slavelist.txt"}
+
+
 # --- with systemd ---
 
 
@@ -206,6 +269,28 @@ def test_a_slave_that_cannot_start_is_told(booted):
     )
     booted.path("/etc/server-update/slave.conf").write_text("PORT=9999\nBASE_URL=/srv/up\n")
     assert "started the service" in booted.run("./install.sh", "slave", cwd=CHECKOUT).stdout
+
+
+ROOTS_HOOK = """#!/bin/sh
+set -eux
+chown alice file
+test "$(setpriv --reuid=alice --clear-groups id -un)" = alice
+install -d -o alice -m 700 /srv/site
+touch /srv/site/live
+"""
+
+
+def test_hooks_of_a_slave_run_by_root_may_act_for_others(booted):
+    upstream = make_upstream(booted)
+    hook = booted.path("/etc/server-update/hooks/post-update")
+    hook.parent.mkdir(parents=True)
+    hook.write_text(ROOTS_HOOK)
+    hook.chmod(0o755)
+    booted.check("./install.sh", "slave", "--base-url", "/srv/up", cwd=CHECKOUT)
+    booted.check("./install.sh", "master", "127.0.0.1", cwd=CHECKOUT)
+    out = booted.check("server-update", "hanuman")
+    assert upstream.head()[:7] in out and "hook" not in out, booted.run("journalctl").stdout
+    assert booted.check("stat", "-c", "%U", "/root/repos/hanuman/file") == "alice\n"
 
 
 HOOK = """#!/bin/sh
