@@ -212,7 +212,7 @@ class Farm:
             state["parts"].insert(0, (now + 0.01, data))
         except OSError:
             state.update(parts=[], ends="close")
-        if not state["parts"] and (state["ends"] != "stays" or self._is_gone(sock)):
+        if self._is_gone(sock) or not state["parts"] and state["ends"] != "stays":
             self._end(sock, state["ends"])
 
     @staticmethod
