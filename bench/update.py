@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """One slave's update, beside what people do instead: time, CPU, wire, disk, what a reader sees.
 
-    update.py --work DIR --results DIR [--quick] [--upstream BARE_REPOSITORY]
+    update.py --work DIR --results DIR [--quick | --upstream BARE_REPOSITORY]
 
 Contestants take turns: in each round upstream gets its commit, everything is flushed to disk, and
 each brings its own clone up to date. A last round, not timed, watches tree, disk and memory.
@@ -56,6 +56,12 @@ SETUPS = {
     "fetch, worktree add, symlink (git-sync)": 'git clone -q --bare "$BARE" "$DIR/store"'
     + GIT_SYNC,
 }
+# further points of the curves
+CURVES = (
+    ("files-500", ("files",)),
+    ("files-5000", ("files", "objects")),
+    ("history-50k", ("objects",)),
+)
 FULL_NOTE = (
     "What a whole clone costs does not depend on what changed: those rows are measured with "
     "one small commit."
@@ -172,13 +178,18 @@ def borrow_whole_clones(groups):
             group["results"].sort(key=lambda result: list(UPDATES).index(result["who"]))
 
 
-def measure_kind(contest, results, title, situations, plot=None):
-    """All tables of one repository."""
+def measure_first(contest, results, title):
+    """The table of first clones."""
+    for who in FIRST:
+        contest.empty(who)
     group = results.group(f"{title}: first clone", OURS, kind=contest.kind, situation="first")
     contest.take_turns(group, FIRST, None, UPDATES.get)
+
+
+def measure_updates(contest, results, title, situations, plot):
+    """A table for each of the situations."""
     for who in contestants():
-        if who not in FIRST:
-            contest.set_up(who)
+        contest.set_up(who)
     groups = []
     for situation in situations:
         group = results.group(
@@ -189,7 +200,7 @@ def measure_kind(contest, results, title, situations, plot=None):
             note="" if situation == "one small commit" else FULL_NOTE,
         )
         if situation == "one small commit":
-            group["plot"] = plot or {}
+            group["plot"] = plot
         contest.take_turns(group, contestants(situation), SITUATIONS[situation], UPDATES.get)
         groups.append(group)
     borrow_whole_clones(groups)
@@ -230,34 +241,36 @@ def make_upstream(args, kind):
 
 def measure_all(args, server, results):
     situations = list(SITUATIONS)
-    small = situations[:2]
     rows = [
-        ("tiny", "A tiny repository", small),
+        ("tiny", "A tiny repository", situations[:2]),
         ("middle", "A middle repository", situations),
-        ("files-50000", "A repository of many files", situations),
+        ("files-50000", "A repository of many files", situations[:2]),
     ]
     if args.quick:
-        rows = [("smoke", "A repository for a quick look", small)]
+        rows = [("smoke", "A repository for a quick look", situations[:2])]
     for kind, name, which in rows:
         bare = make_upstream(args, kind)
         files, objects, _ = facts(bare)
         plot = {"objects": objects} if kind == "middle" else {"files": files}
-        measure_kind(Contest(args, server, kind), results, describe(name, bare), which, plot)
-    if args.upstream:
-        bare = os.path.join(args.work, "upstream", "given.git")
-        upstream.adopt(args.upstream, bare)
-        plot = {"objects": facts(bare)[1]}
-        name = describe("The repository given with --upstream", bare)
-        measure_kind(Contest(args, server, "given"), results, name, situations, plot)
-    for kind, axis in (
-        []
-        if args.quick
-        else [("files-500", "files"), ("files-5000", "both"), ("history-50k", "objects")]
-    ):
+        contest, title = Contest(args, server, kind), describe(name, bare)
+        if kind != "files-50000":
+            measure_first(contest, results, title)
+        measure_updates(contest, results, title, which, plot)
+    for kind, axes in () if args.quick else CURVES:
         bare = make_upstream(args, kind)
         numbers = dict(zip(("files", "objects"), facts(bare)))
-        plot = {key: numbers[key] for key in numbers if axis in (key, "both")}
+        plot = {axis: numbers[axis] for axis in axes}
         measure_growth(Contest(args, server, kind), results, describe(kind, bare), plot)
+
+
+def measure_given(args, server, results):
+    """The tables of the repository that somebody has."""
+    bare = os.path.join(args.work, "upstream", "given.git")
+    upstream.adopt(args.upstream, bare)
+    title = describe("The repository given with --upstream", bare)
+    plot = {"objects": facts(bare)[1]}
+    contest = Contest(args, server, "given")
+    measure_updates(contest, results, title, list(SITUATIONS)[:2], plot)
 
 
 def main(argv):
@@ -270,9 +283,9 @@ def main(argv):
     os.makedirs(os.path.join(args.work, "home"), exist_ok=True)
     os.makedirs(os.path.join(args.work, "upstream"), exist_ok=True)
     server = upstream.Server(os.path.join(args.work, "upstream"))
-    results = measure.Results("update")
+    results = measure.Results("given" if args.upstream else "update")
     try:
-        measure_all(args, server, results)
+        (measure_given if args.upstream else measure_all)(args, server, results)
     except (measure.Failed, subprocess.CalledProcessError) as error:
         sys.exit(f"update.py: {error}")
     finally:
