@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections import Counter, namedtuple
+from urllib.parse import parse_qs, urlsplit
 
 COMMIT, OTHER, PREVIOUS = "1d5d931" + "a" * 33, "77aa120" + "c" * 33, "8c2f4e0" + "b" * 33
 REPO, UPDATE = "hanuman", 1700000000000
@@ -79,9 +80,11 @@ def updates(delay_s=0.0, **fields):
     def kind(request):
         if not request.path.startswith("/status"):
             return accepted()
-        if time.monotonic() >= request.begun + delay_s:
-            return told(**fields)
-        return told(state="running")
+        left = max(0, request.begun + delay_s - time.monotonic())
+        wait = int((parse_qs(urlsplit(request.path).query).get("wait") or "0")[0])
+        if left > wait:
+            return Answer(((wait, http("200 OK", json.dumps(record("running")))),), "close")
+        return Answer(((left, http("200 OK", json.dumps(record(**fields)))),), "close")
 
     return kind
 

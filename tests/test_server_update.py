@@ -387,7 +387,7 @@ def test_untrusted_text_is_one_short_harmless_line(server_update, text, expected
 def test_progress(server_update):
     counts = server_update.Counter({"live": 5, "failed": 1})
     assert server_update.format_progress("hanuman", 12, counts, 61.9) == (
-        "hanuman  [##########          ]  6 of 12  1:01  5 live, 1 failed"
+        "hanuman  6 of 12  1:01  [##########          ]  5 live, 1 failed"
     )
 
 

@@ -1,0 +1,581 @@
+"""What people see: terminals of 80 and 40 columns, pipes, colours, Ctrl-C, readers that leave."""
+
+import codecs
+import fcntl
+import json
+import os
+import pty
+import re
+import select
+import signal
+import struct
+import subprocess
+import termios
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from conftest import PYTHON, ROOT, wait_until
+from farm import COMMIT, OTHER, PREVIOUS, Answer, Farm, accepted, error, raw, told, updates
+
+MANY = 10000
+STOP_S = 0.5
+FIRST_SIGN_S = 0.1
+START_S = 1.0  # of Python itself, on a busy machine
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+@pytest.fixture
+def farm():
+    one = Farm()
+    yield one
+    one.close()
+
+
+class Run:
+    """server-update in a process, its two outputs on a terminal or in pipes, read as they come."""
+
+    def __init__(self, tmp_path, entries, *options, columns=None, both=True, env=None, **kwargs):
+        slavelist = tmp_path / "slavelist.txt"
+        slavelist.write_text("".join(entry + "\n" for entry in entries))
+        self.name = [PYTHON, "-I", str(ROOT / "server-update")]
+        command = self.name + ["--list", str(slavelist), *options, "hanuman"]
+        environ = dict(os.environ, **dict({"TERM": "xterm", "LC_ALL": "C.UTF-8"}, **(env or {})))
+        self.chunks, self.begun = [], time.monotonic()
+        if columns:
+            mine, theirs = pty.openpty()
+            fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+            out = theirs if both else subprocess.PIPE
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=out, stderr=theirs, env=environ, **kwargs
+            )
+            os.close(theirs)
+        else:
+            mine, theirs = os.pipe()
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=theirs,
+                stderr=subprocess.PIPE,
+                env=environ,
+                **kwargs,
+            )
+            os.close(theirs)
+        self.thread = threading.Thread(target=self._read, args=(mine,), daemon=True)
+        self.thread.start()
+
+    def _read(self, number):
+        while True:
+            try:
+                data = os.read(number, 65536)
+            except OSError:  # the other end of a terminal is closed
+                data = b""
+            if not data:
+                os.close(number)
+                return
+            self.chunks.append((time.monotonic() - self.begun, data))
+
+    @property
+    def text(self):
+        """All that has come so far."""
+        return codecs.decode(b"".join(data for _, data in self.chunks), "utf-8", "replace")
+
+    def wait(self, timeout=60):
+        """The whole text, once it has ended."""
+        self.code = self.process.wait(timeout)
+        self.thread.join(10)
+        self.errors = self.process.stderr.read().decode() if self.process.stderr else ""
+        assert "Traceback" not in self.text + self.errors
+        return self.text
+
+    def wait_for(self, pattern, timeout=20):
+        """Wait until the text has `pattern`."""
+        wait_until(lambda: re.search(pattern, self.text), timeout, what=pattern)
+
+
+def seen(text):
+    """What stays on the screen, with seconds, ports, commands and list files replaced."""
+    text = re.sub("[^\n]*\r\x1b\\[K", "", text.replace("\r\n", "\n"))
+    assert "\r" not in text
+    text = re.sub(r"( *)\d+\.\d s\b", lambda found: found.group(0)[:-5].rstrip() + " S s", text)
+    text = re.sub(r":\d{5}\b", ":PORT", text)
+    text = re.sub(r"(?s)(go back|equal): \S*?\s*--ref", r"\1: server-update --ref", text)
+    return re.sub(r"--list\s+\S+(\n +\S+)*?slavelist.txt", "--list L", text)
+
+
+def three(farm):
+    """A slave that goes live, one that fails, one that refuses: entries, in this order of ends."""
+    return [
+        farm.add(updates()),
+        farm.add(
+            updates(
+                0.3,
+                state="failed",
+                message=MESSAGE,
+                commit=PREVIOUS,
+            )
+        ),
+        farm.add(updates(0.6, commit=COMMIT, previous=COMMIT)),
+    ]
+
+
+ONE = (
+    """\
+127.77.0.1:PORT  live         1d5d931  was 8c2f4e0 S s
+
+hanuman: 1 live of 1, S s
+commits: 1d5d931 on 1
+to go back: server-update --ref %s --list L hanuman
+"""
+    % PREVIOUS
+)
+MESSAGE = "repository 'http://git.example/hanuman.git/' not found; check the name and BASE_URL"
+THREE = """\
+127.77.0.1:PORT  live         1d5d931  was 8c2f4e0 S s
+127.77.0.2:PORT  failed       8c2f4e0  still live S s  %s
+127.77.0.3:PORT  live         1d5d931  unchanged S s
+
+hanuman: 2 live, 1 failed of 3, S s
+commits: 1d5d931 on 2, 8c2f4e0 on 1
+""" % MESSAGE
+
+
+def test_a_pipe_has_lines_and_nothing_else(farm, tmp_path):
+    run = Run(tmp_path, [farm.add(updates())])
+    assert seen(run.wait()) == ONE
+    assert (run.code, run.errors) == (0, "")
+    run = Run(tmp_path, three(farm))
+    assert seen(run.wait()).replace("0.5:", "0.2:").splitlines()[4:] == THREE.splitlines()[4:]
+    assert (run.code, run.errors) == (1, "")
+
+
+def test_three_slaves_in_a_pipe(farm, tmp_path):
+    run = Run(tmp_path, three(farm))
+    assert seen(run.wait()) == THREE
+    assert "\x1b" not in run.text
+
+
+def test_one_slave_on_a_terminal(farm, tmp_path):
+    run = Run(tmp_path, [farm.add(updates(0.3))], columns=80)
+    text = run.wait()
+    assert "reading the slave list\r\x1b[K" in text
+    assert "hanuman  0 of 1  0:00  [                    ]" in text
+    screen = seen(text)
+    assert screen.startswith(
+        "127.77.0.1:PORT  \x1b[32mlive\x1b[0m         1d5d931  was 8c2f4e0 S s\n"
+        "\nhanuman: 1 live of 1, S s\ncommits: 1d5d931 on 1\nto go back: "
+    )
+    assert "".join(screen.split("go back:")[1].split()) == (
+        "server-update--ref%s--listLhanuman" % PREVIOUS
+    )
+
+
+@pytest.mark.parametrize("columns", [80, 40])
+def test_three_slaves_on_a_terminal(farm, tmp_path, columns):
+    run = Run(tmp_path, three(farm), columns=columns)
+    screen = run.wait()
+    assert run.code == 1
+    plain = re.sub("\x1b\\[[0-9]*[mK]", "", screen.replace("\r\n", "\n"))
+    assert max(len(part) for line in plain.split("\n") for part in line.split("\r")) <= columns
+    text = seen(re.sub("\x1b\\[[0-9]+m", "", screen))
+    assert " ".join(text.split()) == " ".join(THREE.split())  # the same words, wrapped
+    assert all(
+        line.startswith(("127.77.0.", "    ", "hanuman", "commits")) or not line
+        for line in text.split("\n")
+    )
+    for outcome, color in (("live", 32), ("failed", 31)):
+        assert "\x1b[%dm%s\x1b[0m" % (color, outcome) in screen
+
+
+@pytest.mark.parametrize(("count", "listed"), [(50, True), (51, False)])
+def test_up_to_50_slaves_have_a_line_each(farm, tmp_path, count, listed):
+    entries = [farm.add(updates()) for _ in range(count - 2)] + [
+        farm.add(error("403 No", "no"))
+    ] * 1
+    entries += [farm.add(raw(b"oops"))]
+    run = Run(tmp_path, entries, "--retries", "0")
+    text = seen(run.wait())
+    lines = text.split("\n")
+    if listed:
+        assert {line.split()[0] for line in lines[:count]} == {
+            entry.replace(str(farm.port), "PORT") for entry in entries
+        }
+        assert lines[count] == ""
+    else:
+        assert lines[:5] == [
+            "1 refused: no (HTTP 403)",
+            "    127.77.0.50:PORT",
+            "1 unreachable: does not answer in HTTP",
+            "    127.77.0.51:PORT",
+            "",
+        ]
+    assert lines[-4:-2] == [
+        "hanuman: %d live, 1 refused, 1 unreachable of %d, S s" % (count - 2, count),
+        "commits: 1d5d931 on %d" % (count - 2),
+    ]
+
+
+def test_verbose_and_quiet(farm, tmp_path):
+    entries = [farm.add(updates()) for _ in range(51)]
+    text = Run(tmp_path, entries, "-v").wait()
+    assert text.count("  live  ") == 51
+    run = Run(tmp_path, entries, "--quiet", "--batch", "50%", columns=80)
+    assert (run.wait(), run.code) == ("", 0)
+    run = Run(tmp_path, entries[:2] + [farm.add(error("403 No", "no"))], "-q")
+    lines = seen(run.wait()).split("\n")
+    assert lines[0] == "127.77.0.52:PORT  refused      -        - S s  no (HTTP 403)"
+    assert lines[1:3] == ["", "hanuman: 2 live, 1 refused of 3, S s"]
+
+
+def test_ten_thousand_slaves_on_a_terminal(farm, tmp_path):
+    """One line that is redrawn, then the sum."""
+    entries = [farm.add(updates()) for _ in range(MANY)]
+    run = Run(tmp_path, entries, "--no-wait", columns=40)
+    text = run.wait()
+    assert run.code == 0
+    lines = [line for line in text.replace("\r\n", "\n").split("\n") if "\r" not in line]
+    assert text.count("\n") == 2  # an empty line and the totals
+    assert max(len(part.replace("\x1b[K", "")) for part in re.split("[\r\n]", text)) < 41
+    assert 3 < text.count("\r") < 600
+    assert re.search(r"hanuman: 10000 signalled of 10000, +\d+\.\d s", " ".join(lines))
+
+
+def test_something_is_seen_at_once(farm, tmp_path):
+    run = Run(tmp_path, [farm.add(updates(0.5))], columns=80)
+    run.wait()
+    begun = time.monotonic()
+    subprocess.run(
+        [PYTHON, "-I", str(ROOT / "server-update"), "--version"], stdout=subprocess.DEVNULL
+    )
+    started = time.monotonic() - begun  # what Python and the imports take
+    assert run.chunks[0][0] < started + FIRST_SIGN_S + 0.1
+    assert b"reading the slave list" in run.chunks[0][1]
+
+
+@pytest.mark.parametrize(
+    ("env", "options", "colored", "redrawn"),
+    [
+        ({}, [], True, True),
+        ({"NO_COLOR": "1"}, [], False, True),
+        ({"NO_COLOR": ""}, [], True, True),
+        ({"NO_COLOR": "1"}, ["--color=always"], True, True),
+        ({}, ["--color", "never"], False, True),
+        ({"TERM": "dumb"}, [], False, False),
+        ({"TERM": "dumb"}, ["--color=always"], True, False),
+    ],
+)
+def test_colours_and_redrawing_on_a_terminal(farm, tmp_path, env, options, colored, redrawn):
+    text = Run(tmp_path, [farm.add(updates())], *options, columns=80, env=env).wait()
+    assert ("\x1b[32m" in text) == colored
+    assert ("\x1b[K" in text) == redrawn
+
+
+@pytest.mark.parametrize(("options", "colored"), [([], False), (["--color=always"], True)])
+def test_colours_in_a_pipe(farm, tmp_path, options, colored):
+    run = Run(tmp_path, [farm.add(updates())], *options)
+    assert ("\x1b[32mlive\x1b[0m" in run.wait()) == colored
+    assert run.errors == ""
+
+
+def test_results_in_a_pipe_and_progress_on_the_terminal(farm, tmp_path):
+    run = Run(tmp_path, [farm.add(updates(0.3))], columns=80, both=False)
+    out = run.process.stdout.read().decode()
+    run.process.stdout.close()
+    run.process.wait(20)
+    run.thread.join(5)
+    assert seen(out) == ONE
+    assert "hanuman  0 of 1  " in run.text and "live  " not in run.text
+
+
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8", "en_US.ISO-8859-1"])
+def test_any_locale(farm, tmp_path, locale):
+    entries = [
+        farm.add(updates(state="failed", message="gr\u00fc\u00dfe \u4f8b")),
+        "b\u00fccher.invalid",
+    ]
+    env = {"LC_ALL": locale, "PYTHONCOERCECLOCALE": "0"}
+    run = Run(tmp_path, entries, "--retries", "0", columns=80, env=env)
+    run.wait()
+    assert run.code == 1
+    encoding = {"PYTHONIOENCODING": "ascii"}
+    slavelist = str(tmp_path / "slavelist.txt")
+    done = subprocess.run(
+        [PYTHON, str(ROOT / "server-update"), "--list", slavelist, "--retries", "0", "hanuman"],
+        env=dict(os.environ, **encoding),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        timeout=30,
+    )
+    assert (done.returncode, done.stderr) == (1, b"")
+    assert rb"gr\xfc\xdfe \u4f8b" in done.stdout and rb"b\xfccher.invalid" in done.stdout
+
+
+EVIL = "\x1b[2J\x1b]0;owned\x07\r\n\x9b1A\u202eevil\u2028\x00\x7f\u200b" + "x" * 400
+
+
+@pytest.mark.parametrize("count", [3, 51])
+def test_untrusted_text_cannot_move_the_cursor(farm, tmp_path, count):
+    kinds = [
+        updates(state="failed", message=EVIL),
+        updates(ref=EVIL),
+        error("400 " + "No", EVIL),
+        error("403 No" + "\x1b[2J".replace("\n", ""), EVIL),
+    ]
+    entries = [farm.add(kinds[n % len(kinds)]) for n in range(count)]
+    for options in ([], ["--json"], ["--status"]):
+        text = Run(tmp_path, entries, *options).wait()
+        assert not CONTROL.search(text), options
+        assert "evil" in text or options == ["--status"]
+    text = Run(tmp_path, entries, columns=80).wait()
+    assert not CONTROL.search(re.sub("\x1b\\[(K|[0-9]+m)|\r", "", text))
+
+
+def test_json_has_valid_lines_as_they_come_and_a_summary(farm, tmp_path):
+    entries = [farm.add(updates()), farm.add(updates(1.0, commit=OTHER)), farm.add(error("500 x"))]
+    run = Run(tmp_path, entries, "--json")
+    text = run.wait()
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert lines[0] == {"type": "start", "repo": "hanuman", "ref": None, "slaves": 3}
+    by_slave = {line["slave"]: line for line in lines[1:-1]}
+    live = by_slave[entries[0]]
+    assert 0 <= live.pop("seconds") < 5
+    assert live == {
+        "type": "result",
+        "slave": entries[0],
+        "outcome": "live",
+        "commit": COMMIT,
+        "previous": PREVIOUS,
+        "message": "",
+    }
+    summary = lines[-1]
+    assert 1 <= summary.pop("seconds") < 10
+    assert summary == {
+        "type": "summary",
+        "repo": "hanuman",
+        "exit": 1,
+        "outcomes": {"live": 2, "failed": 1},
+        "commits": {COMMIT: 1, OTHER: 1},
+    }
+    times = [when for when, _ in run.chunks]
+    assert times[-1] - times[0] > 0.5  # not kept until the end
+
+
+def hold(request):
+    """Takes the signal and holds its status back."""
+    return Answer((), "stays") if request.path.startswith("/status") else accepted()
+
+
+def mute(request):
+    """Takes no signal and says nothing."""
+    return Answer((), "stays")
+
+
+PHASES = {
+    "signals": mute,
+    "following": hold,
+    "retries": error("503 Later", "x", "Retry-After: 30\r\n"),
+}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("phase", sorted(PHASES))
+def test_interrupted_it_tells_the_outcome_so_far(farm, tmp_path, phase, number):
+    entries = [farm.add(updates()), farm.add(PHASES[phase])]
+    run = Run(tmp_path, entries + [farm.add(updates())], "--json", "--batch", "2,1")
+    address = entries[1].split(":")[0]
+    wait_until(lambda: farm.polls[address] if phase == "following" else farm.signals[address], 20)
+    run.wait_for('"outcome": "live"')
+    begun = time.monotonic()
+    run.process.send_signal(number)
+    text = run.wait()
+    assert time.monotonic() - begun < STOP_S
+    assert run.code == 130
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert [line["type"] for line in lines] == ["start", "result", "result", "result", "summary"]
+    assert lines[-1]["exit"] == 130
+    assert lines[-1]["outcomes"] == {"live": 1, "timeout": 1, "not started": 1}
+    unfinished = [line for line in lines if line.get("outcome") == "timeout"][0]
+    assert unfinished["slave"] == entries[1]
+    carries_on = "; it carries on by itself" if phase == "following" else ""
+    assert unfinished["message"] == "interrupted" + carries_on
+    assert "server-update: interrupted: 0 not live, 2 unfinished or not started\n" in run.errors
+
+
+def test_interrupted_on_a_terminal_with_many(farm, tmp_path):
+    entries = [farm.add(hold if n % 2 else updates()) for n in range(60)]
+    failed = tmp_path / "failed"
+    run = Run(tmp_path, entries, "--write-failed", str(failed), columns=80)
+    run.wait_for("30 of 60")
+    begun = time.monotonic()
+    run.process.send_signal(signal.SIGINT)
+    text = seen(run.wait())
+    assert time.monotonic() - begun < STOP_S
+    assert run.code == 130
+    assert "\n30 timeout: interrupted; it carries on by itself\n    127.77.0.2:PORT, " in text
+    assert "\nhanuman: 30 live, 30 timeout of 60, S s\ncommits: 1d5d931 on 30\n" in text
+    assert {line.split()[0] for line in failed.read_text().splitlines()} == set(entries[1::2])
+
+
+def test_interrupted_with_ten_thousand(farm, tmp_path):
+    entries = [farm.add(updates(1000)) for _ in range(MANY)]
+    run = Run(tmp_path, entries, "--json")
+    wait_until(lambda: len(farm.signals) > 300, 20)
+    begun = time.monotonic()
+    run.process.send_signal(signal.SIGINT)
+    lines = run.wait().splitlines()
+    assert time.monotonic() - begun < STOP_S + START_S  # ten thousand lines
+    assert (run.code, len(lines)) == (130, MANY + 2)
+    assert sum(json.loads(lines[-1])["outcomes"].values()) == MANY
+
+
+def test_interrupted_while_the_list_is_read(tmp_path):
+    process = subprocess.Popen(
+        [PYTHON, "-I", str(ROOT / "server-update"), "--list", "-", "x"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    caught = r"^SigCgt:\s+[0-9a-f]*[2367abef]$"  # SIGINT, number 2, is handled
+    status = Path("/proc/%d/status" % process.pid)
+    wait_until(lambda: re.search(caught, status.read_text(), re.M), 10)
+    time.sleep(0.3)  # Python's own handler comes first
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=10)
+    assert (process.returncode, out) == (130, b"")
+    assert b"Traceback" not in err
+
+
+def test_a_second_interrupt_ends_at_once(farm, tmp_path):
+    """Even where nobody takes the output of the first."""
+    entries = [farm.add(updates()) for _ in range(2000)]
+    slavelist = tmp_path / "slavelist.txt"
+    slavelist.write_text("\n".join(entries))
+    read, write = os.pipe()
+    fcntl.fcntl(write, 1031, 4096)  # F_SETPIPE_SZ: a small pipe, that nobody reads
+    process = subprocess.Popen(
+        [PYTHON, "-I", str(ROOT / "server-update"), "--list", str(slavelist), "--json", "hanuman"],
+        stdout=write,
+    )
+    os.close(write)
+    try:
+        wait_until(lambda: len(farm.signals) > 50, 20)
+        wait_until(lambda: select.select([read], [], [], 0)[0], 10)
+        time.sleep(0.2)  # it stands in its write
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.1)
+        assert process.poll() is None
+        begun = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 130
+        assert time.monotonic() - begun < STOP_S
+    finally:
+        os.close(read)
+
+
+def test_a_reader_that_goes_away_stops_the_printing_but_not_the_updates(farm, tmp_path):
+    entries = [farm.add(updates(0.02 * n)) for n in range(30)] + [farm.add(error("500 x"))]
+    slavelist = tmp_path / "slavelist.txt"
+    slavelist.write_text("\n".join(entries))
+    done = subprocess.run(
+        [
+            "sh",
+            "-c",
+            '{ "$@"; echo "exit $?" >&2; } | head -n 1',
+            "sh",
+            PYTHON,
+            "-I",
+            str(ROOT / "server-update"),
+            "--list",
+            str(slavelist),
+            "hanuman",
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        universal_newlines=True,
+        timeout=60,
+    )
+    assert done.stdout.count("\n") == 1
+    assert done.stderr == "exit 1\n"
+    assert len(farm.signals) == 31
+
+
+def test_help_into_a_reader_that_goes_away():
+    done = subprocess.run(
+        [
+            "sh",
+            "-c",
+            '{ "$@" --help; echo "exit $?" >&2; } | :',
+            "sh",
+            PYTHON,
+            "-I",
+            str(ROOT / "server-update"),
+        ],
+        stderr=subprocess.PIPE,
+        universal_newlines=True,
+    )
+    assert done.stderr == "exit 0\n"
+
+
+@pytest.mark.parametrize("redirect", [">&-", "2>&-", ">&- 2>&-", "2>/dev/full"])
+def test_closed_outputs(farm, tmp_path, redirect):
+    slavelist = tmp_path / "slavelist.txt"
+    slavelist.write_text(farm.add(updates()))
+    done = subprocess.run(
+        [
+            "sh",
+            "-c",
+            '"$@" ' + redirect,
+            "sh",
+            PYTHON,
+            "-I",
+            str(ROOT / "server-update"),
+            "--list",
+            str(slavelist),
+            "hanuman",
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        timeout=30,
+    )
+    assert done.returncode == 0
+    assert len(farm.signals) == 1
+
+
+def test_results_that_cannot_be_kept_are_no_success(farm, tmp_path):
+    slavelist = tmp_path / "slavelist.txt"
+    slavelist.write_text(farm.add(updates()))
+    command = [PYTHON, "-I", str(ROOT / "server-update"), "--list", str(slavelist), "hanuman"]
+    with open("/dev/full", "w") as full:
+        assert subprocess.run(command, stdout=full, timeout=30).returncode == 1
+    done = subprocess.run(
+        command + ["--write-failed", "/dev/full"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        timeout=30,
+    )
+    assert done.returncode == 0  # an empty list fits
+    slavelist.write_text(farm.add(error("500 x")))
+    done = subprocess.run(
+        command + ["--write-failed", "/dev/full"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        timeout=30,
+    )
+    assert (done.returncode, done.stderr) == (
+        1,
+        b"server-update: /dev/full: No space left on device\n",
+    )
+
+
+def test_a_terminal_is_left_clean(farm, tmp_path):
+    """What was drawn is removed before anything else is printed, mistakes too."""
+    run = Run(tmp_path, ["web1:80x"], columns=80)
+    text = run.wait()
+    assert run.code == 2
+    assert re.fullmatch(
+        "\r?reading the slave list\r\x1b\\[Kserver-update: .*bad port '80x'\n",
+        " ".join(text.replace("\r\n", "\n").split(" ")),
+        re.S,
+    )
+    assert told  # the farm's own words are those of slave.py, see test_contract
