@@ -13,6 +13,7 @@ by SIGTERM or SIGINT, 1 could not start, 2 usage or settings.
 """
 
 import argparse
+import collections
 import contextlib
 import fcntl
 import fnmatch
@@ -34,7 +35,6 @@ import sys
 import threading
 import time
 import types
-from collections import namedtuple
 from urllib.parse import unquote
 
 VERSION = "1.0"
@@ -66,10 +66,11 @@ OUTPUT_KINDS = ("slave-activate: ", "fatal: ", "error: ", "")  # what tells most
 
 # One update: /status tells the first ten fields, times in seconds since 1970. `tries` are its
 # starts but for those that ended in a clean stop, `signed` is the time in its signature.
-Record = namedtuple("Record", "repo update ref state requested started finished commit previous "
-                    "message tries signed", defaults=(None, None, None, None, "", 0, 0))
+Record = collections.namedtuple(
+    "Record", "repo update ref state requested started finished commit previous message tries "
+    "signed", defaults=(None, None, None, None, "", 0, 0))
 # What is remembered of one repository's updates; their ids grow in this order.
-Records = namedtuple("Records", "ended running queued", defaults=((), None, None))
+Records = collections.namedtuple("Records", "ended running queued", defaults=((), None, None))
 
 # shared with server-update: keep identical
 NAME_RE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
@@ -316,7 +317,7 @@ class Journal:
     def __init__(self, repos_dir):
         """Takes the state folder for this process alone; Mistake where that can't be."""
         self.folder, self.records = os.path.join(repos_dir, ".server-update"), {}
-        self.changes, self.writing = [], threading.Lock()
+        self.changes, self.writing = collections.deque(), threading.Lock()
         self.ended = threading.Condition()  # told after each change that must be kept
         try:
             os.makedirs(repos_dir, exist_ok=True)
@@ -356,8 +357,7 @@ class Journal:
         self.changes.append(change)
         with self.writing:
             if not change.is_done:  # else who held the lock before has written it with its own
-                changes, self.changes = self.changes, []
-                self.write(changes)
+                self.write([self.changes.popleft() for _ in range(len(self.changes))])
         if change.error:
             raise change.error
         return change.result
