@@ -1,6 +1,7 @@
 """slave-activate by hand: arguments, settings, environment, hooks, outcomes and messages."""
 
 import os
+import shutil
 import subprocess
 
 import pytest
@@ -102,6 +103,30 @@ def test_every_shell_updates_and_fails_alike(activate, upstream, shell):
         "name a branch, a tag or a full commit hash"
     )
     assert activate.head() == second
+
+
+def test_busyboxs_tools_are_enough(activate, upstream, tmp_path):
+    """As on Alpine: git, python3 and busybox; with a tree that must be removed and packs to link."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in subprocess.check_output(["busybox", "--list"]).decode().split():
+        (tools / name).symlink_to(shutil.which("busybox"))
+    for name in ("git", "python3"):
+        (tools / name).symlink_to(shutil.which(name))
+    repo = upstream.create("r", {"d/f": "1"})
+    env = {"PATH": str(tools)}
+    prefix = [str(tools / "sh")]
+    for number in range(18):  # past the roll-up of packs
+        new = repo.commit({"d/f": str(number)})
+        result = activate("r", prefix=prefix, env=env)
+        assert (result.status, result.out.split()[1], result.err) == (0, new, ""), result
+    assert 1 < len(activate.packs()) < 18
+    (activate.live() / ".git/objects/pack").chmod(0o700)
+    new = repo.commit({"d/f": None})
+    process = activate.start("r", prefix=prefix, env=env)
+    process.terminate()
+    process.communicate(timeout=10)
+    assert activate.good("r", prefix=prefix, env=env)[0] == new
 
 
 @pytest.mark.parametrize("shell", SHELLS)

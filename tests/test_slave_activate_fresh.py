@@ -112,10 +112,10 @@ def test_a_head_that_names_no_branch_asks_for_one(activate, upstream, repo):
     first, _ = activate.good("r")
     repo.git("symbolic-ref", "HEAD", "refs/heads/nowhere")
     result = activate("r")
-    assert (result.status, result.last) == (
-        1,
+    assert result.status == 1
+    assert result.last == (
         "slave-activate: upstream's HEAD names no branch that it has; "
-        "name one: slave-activate r REF",
+        "name one: slave-activate r REF"
     )
     assert (activate.head(), activate.leftovers()) == (first, [])
     assert activate.good("r", "side")[0] == repo.head("side")
