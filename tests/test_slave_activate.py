@@ -106,7 +106,7 @@ def test_every_shell_updates_and_fails_alike(activate, upstream, shell):
 
 
 def test_busyboxs_tools_are_enough(activate, upstream, tmp_path):
-    """As on Alpine: git, python3 and busybox; with a tree that must be removed and packs to link."""
+    """As on Alpine: git, python3 and busybox, through a roll-up of packs."""
     tools = tmp_path / "tools"
     tools.mkdir()
     for name in subprocess.check_output(["busybox", "--list"]).decode().split():

@@ -111,11 +111,6 @@ def history(upstream):
     return repo
 
 
-def objects_received(stderr):
-    """How many objects git's packs had, from GIT_TRACE_PACKET-free counters of index-pack."""
-    return stderr
-
-
 def test_an_update_moves_what_is_new_and_no_more(activate, upstream, http_upstream, history):
     activate.settings["BASE_URL"] = http_upstream.url
     activate.good("r")
