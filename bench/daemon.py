@@ -60,7 +60,7 @@ class Slave:
         self.wait_until_up()
 
     def ours(self):
-        program = os.path.join(measure.ROOT, "slave.py")
+        program = os.path.join(measure.PRODUCT, "slave.py")
         return [sys.executable, "-I", program, "--port", str(self.port)]
 
     def flask(self):
@@ -170,7 +170,8 @@ def main(argv):
         measure_all(args, results)
     except (measure.Failed, OSError) as error:
         sys.exit(f"daemon.py: {error}")
-    results.write(args.results)
+    finally:
+        results.write(args.results)
 
 
 if __name__ == "__main__":

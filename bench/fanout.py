@@ -36,7 +36,7 @@ class Fleet:
         self.number, self.work = number, work
         hosts = [slaves.address(slave) for slave in range(number)]
         self.dead = hosts[DEAD_EVERY // 2 :: DEAD_EVERY] if dead else []
-        program = os.path.join(measure.ROOT, "bench", "slaves.py")
+        program = os.path.join(measure.HERE, "slaves.py")
         argv = (sys.executable, program, str(delay_s), str(update_s), *self.dead)
         self.process = subprocess.Popen(argv, stdout=subprocess.PIPE)
         port = int(self.process.stdout.readline() or 0)
@@ -55,7 +55,8 @@ class Fleet:
 
     def commands(self, follow=False):
         """Who takes part: the command, and what a result looks like in its output."""
-        ours = [sys.executable, os.path.join(measure.ROOT, "server-update"), "--list", self.list]
+        ours = os.path.join(measure.PRODUCT, "server-update")
+        ours = [sys.executable, ours, "--list", self.list]
         ours += ["--json", "--retries", "0", "--connect-timeout", str(CONNECT_S), "hanuman"]
         found = {OURS: (ours if follow else [*ours, "--no-wait"], b'"result"')}
         if not shutil.which("curl"):
@@ -219,7 +220,8 @@ def main(argv):
         measure_all(args, results)
     except (measure.Failed, OSError) as error:
         sys.exit(f"fanout.py: {error}")
-    results.write(args.results)
+    finally:
+        results.write(args.results)
 
 
 if __name__ == "__main__":

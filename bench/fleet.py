@@ -62,7 +62,7 @@ class Fleet:
                 SERVER_UPDATE_HOOKS_DIR=os.path.join(self.work, "none"),
             )
             process = subprocess.Popen(
-                (sys.executable, "-I", os.path.join(measure.ROOT, "slave.py")),
+                (sys.executable, "-I", os.path.join(measure.PRODUCT, "slave.py")),
                 env=env,
                 stderr=subprocess.PIPE,
                 stdin=subprocess.DEVNULL,
@@ -84,7 +84,7 @@ class Fleet:
         found = {
             OURS: [
                 sys.executable,
-                os.path.join(measure.ROOT, "server-update"),
+                os.path.join(measure.PRODUCT, "server-update"),
                 "--list",
                 self.list,
                 "-q",
@@ -208,7 +208,7 @@ def main(argv):
         server.stop()
         if ssh:
             ssh.stop()
-    results.write(args.results)
+        results.write(args.results)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,9 @@ import subprocess
 import threading
 import time
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+HERE = os.path.dirname(os.path.abspath(__file__))
+# bench/run measures copies of the scripts, so that they may be edited meanwhile
+PRODUCT = os.environ.get("BENCH_PRODUCT") or os.path.dirname(HERE)
 SAMPLE_S = 0.002
 
 
@@ -157,7 +159,8 @@ class Results:
             result["values"].setdefault(metric, []).append(value)
 
     def write(self, folder):
-        found = {"row": self.row, "date": str(datetime.date.today()), "groups": self.groups}
+        groups = [group for group in self.groups if group["results"]]
+        found = {"row": self.row, "date": str(datetime.date.today()), "groups": groups}
         path = os.path.join(folder, self.row + ".json")
         with open(path + ".new", "w", encoding="utf-8") as handle:
             json.dump(found, handle, indent=1)

@@ -22,7 +22,7 @@ LIMIT = "the limit"
 OURS = "slave-activate"
 
 # Each is a script for sh -e, with URL (the repository), LIVE (the folder to bring up to date), DIR
-# (what LIVE is in, for the contestant alone) and ROOT (this project).
+# (what LIVE is in, for the contestant alone) and ROOT (our scripts).
 GIT_SYNC = """
 new=$(git ls-remote -q "$URL" HEAD | cut -f 1) old=$(readlink "$LIVE" || :)
 [ "$old" != "tree-$new" ] || exit 0
@@ -91,7 +91,7 @@ class Contest:
             URL=self.url,
             LIVE=self.live(who),
             DIR=self.folder(who),
-            ROOT=measure.ROOT,
+            ROOT=measure.PRODUCT,
             BARE=self.bare,
             GIT_CONFIG_NOSYSTEM="1",
             SERVER_UPDATE_BASE_URL=self.server.url,
@@ -133,8 +133,12 @@ class Contest:
         if upstream.run_git(self.live(who), "rev-parse", "HEAD") != commit or texts[0] != texts[1]:
             raise measure.Failed(f"{who}: {self.live(who)} is not at {commit}: {texts}")
 
-    def take_turns(self, group, whos, changed, script_of):
-        """The timed rounds, and a watched one; changed None is for first clones."""
+    def take_turns(self, group, whos, changed):
+        """The timed rounds, and a watched one; changed None is for first clones.
+
+        A peer that fails is left out from there on; ours ends it all.
+        """
+        whos = list(whos)
         for number in range(self.rounds + 1):
             commit = (
                 upstream.commit(self.bare, changed)
@@ -143,15 +147,24 @@ class Contest:
             )
             turn = number % len(whos)
             for who in whos[turn:] + whos[:turn]:
-                if changed is None:
-                    self.empty(who)
-                self.prepare(who)
-                if number < self.rounds:
-                    measure.Results.add(group, who, self.sh(who, script_of(who)))
-                else:
-                    measure.Results.add(group, who, self.watch(who, script_of(who), changed))
-                self.check(who, commit)
+                try:
+                    measure.Results.add(group, who, self.run(who, changed, number == self.rounds))
+                    self.check(who, commit)
+                except measure.Failed as error:
+                    if who == OURS:
+                        raise
+                    measure.skip(who, error)
+                    whos.remove(who)
         group["results"].sort(key=lambda result: list(UPDATES).index(result["who"]))
+
+    def run(self, who, changed, is_watched):
+        """One run's values."""
+        if changed is None:
+            self.empty(who)
+        self.prepare(who)
+        if is_watched:
+            return self.watch(who, UPDATES[who], changed)
+        return self.sh(who, UPDATES[who])
 
     def watch(self, who, script, changed):
         watcher = measure.Watcher(self.live(who), upstream.FIRST, upstream.LAST)
@@ -183,7 +196,7 @@ def measure_first(contest, results, title):
     for who in FIRST:
         contest.empty(who)
     group = results.group(f"{title}: first clone", OURS, kind=contest.kind, situation="first")
-    contest.take_turns(group, FIRST, None, UPDATES.get)
+    contest.take_turns(group, FIRST, None)
 
 
 def measure_updates(contest, results, title, situations, plot):
@@ -201,7 +214,7 @@ def measure_updates(contest, results, title, situations, plot):
         )
         if situation == "one small commit":
             group["plot"] = plot
-        contest.take_turns(group, contestants(situation), SITUATIONS[situation], UPDATES.get)
+        contest.take_turns(group, contestants(situation), SITUATIONS[situation])
         groups.append(group)
     borrow_whole_clones(groups)
     shutil.rmtree(os.path.join(contest.work, "clones", contest.kind))
@@ -214,7 +227,7 @@ def measure_growth(contest, results, title, plot):
     group = results.group(
         f"{title}: one small commit", OURS, plot=plot, kind=contest.kind, situation="growth"
     )
-    contest.take_turns(group, GROWTH, 1, UPDATES.get)
+    contest.take_turns(group, GROWTH, 1)
     shutil.rmtree(os.path.join(contest.work, "clones", contest.kind))
 
 
@@ -290,7 +303,7 @@ def main(argv):
         sys.exit(f"update.py: {error}")
     finally:
         server.stop()
-    results.write(args.results)
+        results.write(args.results)
 
 
 if __name__ == "__main__":
