@@ -106,6 +106,11 @@ def files(folder):
     return found
 
 
+def folder_modes(folder):
+    folders = [path for path in folder.rglob("*") if path.is_dir() and not path.is_symlink()]
+    return {stat.S_IMODE(path.stat().st_mode) for path in folders}
+
+
 def contents(folder):
     """All that a run could change below a folder: names, modes, contents, times."""
     found = {}
@@ -128,8 +133,7 @@ def test_a_staged_slave_is_these_files(installer, as_user, shell):
         written = (installer.stage / "usr/local/bin" / name).read_bytes()
         assert written == (installer.folder / name).read_bytes()
     assert "service" not in out.replace(SERVICE + ".service", "")
-    folders = [path for path in installer.stage.rglob("*") if path.is_dir()]
-    assert {stat.S_IMODE(path.stat().st_mode) for path in folders} == {0o755}
+    assert folder_modes(installer.stage) == {0o755}
 
 
 @pytest.mark.parametrize("shell", SHELLS)
@@ -153,7 +157,7 @@ def test_a_second_run_changes_nothing_and_says_so(installer):
 
 def test_a_strict_umask_makes_no_difference(installer):
     installer.check("slave", before=("sh", "-c", 'umask 077; exec "$@"', "sh"))
-    assert files(installer.stage) == SLAVE_FILES
+    assert files(installer.stage) == SLAVE_FILES and folder_modes(installer.stage) == {0o755}
 
 
 def test_an_upgrade_replaces_scripts_and_keeps_settings_user_and_served_file(installer):
@@ -176,6 +180,19 @@ def test_an_upgrade_replaces_scripts_and_keeps_settings_user_and_served_file(ins
     assert "\nExecStart=\"/usr/local/bin/slave.py\" '/srv/a page'\n" in unit
     installer.check("slave", "--serve", "")
     assert '\nExecStart="/usr/local/bin/slave.py"\n' in (installer.stage / UNIT).read_text()
+
+
+def test_who_has_a_script_open_keeps_the_old_one_whole(installer):
+    installer.check("slave")
+    script = installer.stage / "usr/local/bin/slave-activate"
+    old = script.read_bytes()
+    with script.open("rb", buffering=0) as running:
+        start = running.read(100)
+        with (installer.folder / "slave-activate").open("a") as newer:
+            newer.write("# newer\n")
+        installer.check("slave")
+        assert start + running.read() == old
+    assert script.read_bytes() == old + b"# newer\n"
 
 
 def test_a_slave_that_is_not_in_the_list_is_told_and_not_added(installer):
@@ -456,6 +473,16 @@ def test_help_names_every_option(installer):
 
 
 # --- killed, and two at once ---
+
+
+@pytest.mark.parametrize("role", ["slave", "uninstall"])
+def test_what_a_killed_run_left_beside_a_file_is_removed(installer, role):
+    installer.check("slave")
+    half = installer.stage / "usr/local/bin/slave.py.new"
+    half.write_text("half a scr")
+    installer.check(role)
+    assert not half.exists()
+
 
 WRAPPER = """#!/bin/sh
 # Counts its calls; the one whose number is KILL_AT (or a later one, in a pipe) kills the install
