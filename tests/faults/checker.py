@@ -1,4 +1,5 @@
 """Checks the fleet from outside: by HTTP, git, /proc and the hooks' journal; no product code."""
+import contextlib
 import fcntl
 import os
 import subprocess
@@ -10,6 +11,7 @@ from fleet import REPO
 
 ENDED = ("live", "failed")
 STATE_FILES = {REPO + ".json", REPO + ".lock"}
+LISTENS = "0A"  # in /proc/net/tcp
 CALM_S = 30  # the time in which everything under way has ended once the faults are over
 
 
@@ -137,10 +139,18 @@ def check_left_behind(slave):
 
 
 def sockets_of(pid):
-    """How many sockets a process holds."""
-    folder = "/proc/%d/fd" % pid
-    links = [os.path.join(folder, name) for name in os.listdir(folder)]
-    return sum(os.readlink(link).startswith("socket:") for link in links if os.path.islink(link))
+    """The sockets that a process holds, listening ones aside: (local, remote, state) in hex."""
+    inodes = set()
+    for name in os.listdir("/proc/%d/fd" % pid):
+        with contextlib.suppress(OSError):  # closed meanwhile
+            link = os.readlink("/proc/%d/fd/%s" % (pid, name))
+            inodes.add(link[len("socket:["):-1] if link.startswith("socket:") else None)
+    found = []
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with open(table) as lines:
+            rows = [line.split() for line in lines]
+        found += [tuple(row[1:4]) for row in rows[1:] if row[9] in inodes and row[3] != LISTENS]
+    return found
 
 
 def check_master(fleet, master, status):
@@ -199,8 +209,9 @@ def check_clean_run(fleet, master):
         if fsck[0]:
             problems.append("%s: git fsck: %s" % (slave.folder.name, fsck[1][-300:]))
         end = time.monotonic() + 12
-        while sockets_of(slave.process.pid) > 1 and time.monotonic() < end:
+        while sockets_of(slave.process.pid) and time.monotonic() < end:
             time.sleep(0.05)
-        if sockets_of(slave.process.pid) > 1:
-            problems.append("%s: connections are left open" % slave.folder.name)
+        left = sockets_of(slave.process.pid)
+        if left:
+            problems.append("%s: connections are left open: %s" % (slave.folder.name, left))
     return problems
