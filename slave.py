@@ -458,7 +458,7 @@ class Activation:
                 self.stopped = self.stopped or ("timeout" if is_late else "stop")
                 force_at = time.monotonic() + KILL_AFTER_S
             time.sleep(POLL_S)
-        self.reader.join(POLL_S)
+        self.reader.join(LEFTOVER_S)
         self.signal_group(signal.SIGTERM)
         os.set_blocking(self.process.stdout.fileno(), False)
         with self.process.stdout as stdout:
