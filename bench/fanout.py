@@ -55,8 +55,8 @@ class Fleet:
 
     def commands(self, follow=False):
         """Who takes part: the command, and what a result looks like in its output."""
-        ours = os.path.join(measure.PRODUCT, "server-update")
-        ours = [sys.executable, ours, "--list", self.list]
+        program = os.path.join(measure.PRODUCT, "server-update")
+        ours = [sys.executable, program, "--list", self.list]
         ours += ["--json", "--retries", "0", "--connect-timeout", str(CONNECT_S), "hanuman"]
         found = {OURS: (ours if follow else [*ours, "--no-wait"], b'"result"')}
         if not shutil.which("curl"):

@@ -96,6 +96,7 @@ class Contest:
             GIT_CONFIG_NOSYSTEM="1",
             SERVER_UPDATE_BASE_URL=self.server.url,
             SERVER_UPDATE_REPOS_DIR=self.folder(who),
+            SERVER_UPDATE_SUBMODULES="no",  # as the others do
             SERVER_UPDATE_HOOKS_DIR=os.path.join(self.work, "none"),
         )
 
