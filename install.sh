@@ -2,6 +2,7 @@
 # install.sh master [SLAVE...]   this machine has others update: server-update and its slave list
 # install.sh slave               this machine is updated: slave.py, enabled and started
 # install.sh uninstall           remove what these put here; settings and clones stay
+#
 #   --prefix DIR     install into DIR/bin and DIR/share (/usr/local)
 #   --user NAME      who runs the slave, or owns the master's secret (who called sudo, else root)
 #   --repos DIR      where the clones go live (~/repos); like the next two for a new slave.conf
@@ -11,6 +12,7 @@
 #   --no-start       neither enable, start nor restart the slave
 #   --new-secret     master: make a shared secret, and say how to bring it to a slave
 #   --dry-run        say what would be done, and do nothing
+#   -h, --help       print this
 #
 # To upgrade run it again: it replaces what differs, and restarts the slave only then. With
 # DESTDIR=FOLDER in the environment all goes below FOLDER, and no service is touched.
@@ -25,16 +27,14 @@ no_start='' new_secret='' dry_run='' changed='' restart=''
 say() { printf '%s\n' "$*"; }
 die() { status=$1; shift; say "install.sh: $*" >&2; exit "$status"; }
 
-# act DO DONE WHAT COMMAND...: run it (without the lock) and say so; a dry run only says so.
-act() {
+act() { # DO DONE WHAT COMMAND...: run it (without the lock) and say so; a dry run only says so
   do=$1 done=$2 what=$3 changed=yes; shift 3
   if [ -n "$dry_run" ]; then say "would $do $what"; return; fi
   why=$("$@" 2>&1 9>&-) || die 1 "cannot $do $what: $(say "$why" | sed -n '$s/.*: //;$p')"
   say "$done $what"
 }
 
-# put MODE FILE TEXT [restart]: have FILE hold TEXT, unless it does already.
-put() {
+put() { # MODE FILE TEXT [restart]: have FILE hold TEXT, unless it does already
   if [ -n "$(find "$2" -prune -type f -perm "$1" 2>/dev/null)" ] && say "$3" | cmp -s - "$2"; then
     [ -n "$dry_run" ] || rm -f "$2.new"
     return
@@ -78,8 +78,7 @@ for key, (default, _, meaning) in slave.SETTINGS.items():
 ' "$here" "$conf" || exit 2
 }
 
-# install_script NAME INTERPRETER SECTION WHAT [restart]: and its --help as a man page.
-install_script() {
+install_script() { # NAME INTERPRETER SECTION WHAT [restart]: and its --help as a man page
   put 755 "$bin/$1" "$(cat "$here/$1")" "${5-}"
   put 644 "$share/man/man$3/$1.$3" "$(
     printf '%s\n' '.\" by server-update' ".TH $1 $3" '.SH NAME' "$1 \\- $4" '.SH DESCRIPTION' .nf
@@ -87,8 +86,7 @@ install_script() {
   )"
 }
 
-# bash completion: options, and the names that end a command in the shell's history
-completion() {
+completion() { # for bash: options, and the names that end a command in the shell's history
   help=$(python3 "$here/server-update" --help)
   options() { say "$help" | sed -n "s/^  *\(-., \)*\(--[a-z-]*\)$1.*/\2/p" | tr '\n' ' '; }
   cat <<END
@@ -281,6 +279,7 @@ install_master() {
   for slave in $slaves; do lack "$list" "$slave"; done
   [ -z "$new_secret" ] || make_secret
   say "List the slaves in $list and run ./install.sh slave on each; then here:"
+  [ -z "$private" ] || [ ! -e "$secret" ] || with_list="$with_list --secret-file '$secret'"
   say "  '$prefix/bin/server-update'$with_list NAME"
 }
 
@@ -306,7 +305,8 @@ install_slave() {
   [ -e "$conf" ] || put 644 "$conf" "$(say "$known" | sed 1,2d)" restart
   for line in "$@"; do [ -z "${line#*=}" ] || lack "$conf" "$line"; done
   repos=$(say "$known" | sed -n 1p) port=$(say "$known" | sed -n 2p)
-  [ -n "$DESTDIR" ] || [ -d "$repos" ] || act make made "$repos" install -d -o "$user" "$repos"
+  [ -n "$DESTDIR" ] || [ -d "$repos" ] || act make made "$repos" \
+    install -d -o "$user" -g "$(id -g "$user")" "$repos"
   [ $manager != systemd ] || put 644 "$unit" "$(systemd_unit)" restart
   [ $manager != openrc ] || put 755 "$unit" "$(openrc_script)" restart
   [ -z "$services" ] || [ -n "$no_start" ] || start_service

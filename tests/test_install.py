@@ -307,9 +307,15 @@ def test_without_root_from_nothing_to_an_update(installer, as_user, upstream, tm
         slave.terminate()
         slave.wait()
     assert (home / "my repos/hanuman/file").read_text() == "one\n"
+    out = installer.check(
+        "master", "--new-secret", *prefix, staged=False, before=as_user, env=env
+    )
+    secret = home / ".local/etc/server-update/secret"
+    assert out.splitlines()[-1].endswith(" --secret-file '%s' NAME" % secret)
     out = installer.check("uninstall", *prefix, staged=False, before=as_user, env=env)
     assert out.endswith("the clones in %s/my repos\n" % home)
     assert set(files(home / ".local")) == {
+        "etc/server-update/secret",
         "etc/server-update/slave.conf",
         "etc/server-update/slavelist.txt",
     }
