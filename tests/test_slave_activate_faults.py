@@ -15,7 +15,7 @@ from activate_support import Activate, git, snapshot
 from upstream import wait_until
 
 KILLS = 100  # kill -9 at random moments: of the shell, of its git, of the whole group
-TERMS = 30  # TERM at evenly spaced moments of a run
+TERMS = 20  # TERM at evenly spaced moments of a run
 SEED = 20240607
 
 

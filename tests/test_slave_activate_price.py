@@ -11,10 +11,9 @@ import pytest
 from activate_support import Activate, assert_fresh, git
 
 # An update takes some 0.1 s; ACTIVATE_UPDATES=1000 runs the whole promise (docs/promises.md).
-UPDATES = int(os.environ.get("ACTIVATE_UPDATES") or 100)
+UPDATES = int(os.environ.get("ACTIVATE_UPDATES") or 60)
 MAX_PACKS = 25
 SLOWEST_TO_MEDIAN = 5
-HISTORY_COMMITS = 400
 SMALL_UPDATE_BYTES = 100 * 1024
 
 READER = """
@@ -99,14 +98,8 @@ def history(upstream):
     rng = random.Random(1)
     repo = upstream.create("r", {"f": "1"})
     for number in range(20):
-        repo.commit(
-            {
-                "dir%d/file%d" % (number, i): bytes(
-                    bytearray(rng.getrandbits(8) for _ in range(9999))
-                )
-                for i in range(10)
-            }
-        )
+        names = ["dir%d/file%d" % (number, i) for i in range(10)]
+        repo.commit({name: rng.getrandbits(8 * 9999).to_bytes(9999, "big") for name in names})
     repo.git("repack", "-q", "-a", "-d")
     return repo
 
