@@ -24,7 +24,7 @@ class Failed(Exception):
 
 def skip(what, why):
     """Says loudly that a figure will be missing."""
-    print(f"bench: WITHOUT {what}: {why}", flush=True)
+    print(f"bench: WITHOUT {what}: {str(why)[:300]}", flush=True)
 
 
 def run_measured(argv, env, cwd=None, started=None):

@@ -35,7 +35,9 @@ DISSOCIATE = """
 git clone -q --reference "$LIVE" --dissociate "$URL" "$DIR/new"
 mv "$LIVE" "$DIR/old"; mv "$DIR/new" "$LIVE"; rm -rf "$DIR/old"
 """
-ANSIBLE = 'exec ansible localhost -m git -a "repo=$URL dest=$LIVE version=main force=yes"'
+ANSIBLE = """
+exec ansible localhost -m git -a "repo=$URL dest=$LIVE version=main force=yes recursive=no"
+"""
 UPDATES = {
     OURS: 'exec "$ROOT/slave-activate" "${LIVE##*/}"',
     "rm -rf && git clone": 'rm -rf "$LIVE"; exec git clone -q "$URL" "$LIVE"',
