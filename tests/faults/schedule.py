@@ -5,6 +5,7 @@ A schedule is a pure function of its seed, so that a seed replays: same faults, 
 (The threads and processes under it run as they please, so a replay is close, not exact.)
 """
 import contextlib
+import http.client
 import json
 import os
 import random
@@ -92,6 +93,8 @@ def stop_cleanly(fleet, slave, rng):
     kill(slave.process.pid, signal.SIGTERM)
 
     def start_again():
+        for pid in processes_below(slave.folder):
+            kill(pid, signal.SIGCONT)  # a freeze may have come in between
         slave.process.wait(20)
         restart(slave)
     return start_again
@@ -210,10 +213,12 @@ def burst(fleet, slave, rng):
     for _ in range(30):
         ref = rng.choice(["", "", "&ref=side", "&ref=" + fleet.history.head()])
         asked = time.time()
-        with contextlib.suppress(OSError, ValueError):
-            status, _, body = slave.get("/?repo=site" + ref, timeout=3)
-            if status == 202:
-                slave.heard.append((asked, json.loads(body.decode())["update"]))
+        try:
+            status, _, body = slave.get("/?repo=site" + ref, timeout=2)
+        except (OSError, http.client.HTTPException):
+            return  # it is down, dying or frozen
+        if status == 202:
+            slave.heard.append((asked, json.loads(body.decode())["update"]))
 
 
 FAULTS = {fault.__name__: fault for fault in (

@@ -46,7 +46,11 @@ def soak(folder, minutes, seed):
                     fleet.close()
                 fleet = Fleet(folder / ("fleet-%d" % total["rounds"]), SLAVES)
                 fleet.clean_run()
-            counts = run_round(fleet, seed)
+            try:
+                counts = run_round(fleet, seed)
+            except Exception:
+                print("seed %d: broken" % seed, flush=True)
+                raise
             print("seed %d: %s" % (seed, counts), flush=True)
             for name, count in counts.items():
                 total[name] = total.get(name, 0) + count
@@ -68,7 +72,7 @@ def main():
     try:
         total = soak(folder, minutes, seed)
     except Violation as violation:
-        print("BROKEN: %s\nall that it left is in %s" % (violation, folder))
+        print("%s\nall that it left is in %s" % (violation, folder))
         return 1
     print("all kept, in %.1f minutes: %s" % ((time.monotonic() - began) / 60, total))
     shutil.rmtree(str(folder))
