@@ -198,12 +198,16 @@ def test_the_demo_shows_both_commits_and_leaves_nothing(tmp_path):
     assert processes_below(tmp_path) == []
 
 
-def test_the_demo_leaves_nothing_after_ctrl_c(tmp_path):
-    process = start_demo(tmp_path, subprocess.STDOUT)
+@pytest.mark.parametrize("end", ["ctrl-c", "kill", "nobody reads"])
+def test_the_demo_leaves_nothing_however_it_ends(tmp_path, end):
+    process = start_demo(tmp_path, subprocess.DEVNULL)
     while "$ server-update" not in process.stdout.readline():
         assert process.poll() is None
-    os.killpg(process.pid, signal.SIGINT)
-    process.stdout.read()
-    assert process.wait(20) == 130
+    if end == "ctrl-c":
+        os.killpg(process.pid, signal.SIGINT)
+    elif end == "kill":
+        process.terminate()
+    process.stdout.close()
+    assert process.wait(20)
     assert names_in(tmp_path) == ["home"]
     assert processes_below(tmp_path) == []
