@@ -714,7 +714,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
     server_version, sys_version = "server-update", VERSION
     timeout = SEND_TIMEOUT_S
     disable_nagle_algorithm = True
-    wbufsize = -1  # one write an answer
+    rbufsize, wbufsize = 512, 2048  # one write an answer; small, as there may be 256 of them
 
     def setup(self):
         self.accepted = self.request
@@ -997,7 +997,7 @@ def run(options):
         [os.environ.get("PATH", os.defpath), beside, "/bin"]))
     if not command:
         raise Mistake("no slave-activate on PATH, in '%s' or in /bin" % beside, 1)
-    threading.stack_size(512 * 1024)
+    threading.stack_size(2 << 20)  # glibc keeps 40 MB of used stacks: better a few large ones
     server = Server(Slave(settings, command), guard, served_file)
     if not guard.secrets:
         log("no secret: who can reach the port can have repositories of %s updated here; to "

@@ -602,8 +602,7 @@ def test_what_keeps_it_from_starting(start_slave, upstream, tmp_path):
     if not os.path.exists("/bin/slave-activate"):
         assert (status, stderr) == (
             1,
-            "slave.py: no slave-activate on PATH, in '%s' or in /bin\n"
-            % slave.bin,
+            "slave.py: no slave-activate on PATH, in '%s' or in /bin\n" % slave.bin,
         )
 
 

@@ -75,7 +75,10 @@ def test_ids_grow_although_the_clock_does_not():
 def test_a_later_signal_takes_the_place_of_the_queued_one():
     records = slave.start(accepted(ref="v1"), None, 1001.0)
     records = accepted(accepted(records, "v2", 1002.0), "v3", 1003.0)
-    assert [(one.state, one.ref) for one in slave.list_all(records)] == [("running", "v1"), ("queued", "v3")]
+    assert [(one.state, one.ref) for one in slave.list_all(records)] == [
+        ("running", "v1"),
+        ("queued", "v3"),
+    ]
     assert slave.find(records, 1002000) == records.queued, "who asked for v2 hears of v3"
     assert slave.find(records, 1000000) == records.running
     assert slave.find(records, 1003001) is None

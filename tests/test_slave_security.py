@@ -33,7 +33,8 @@ def make_secret(path, *lines):
 
 def signature(target, secret=SECRET, method="GET", when=None, nonce=None):
     """The header, made without any of the product's code."""
-    when = str(int(time.time()) if when is None else int(when) if isinstance(when, float) else when)
+    if not isinstance(when, str):
+        when = str(int(time.time() if when is None else when))
     nonce = nonce or "%032x" % random.getrandbits(128)
     text = "\n".join(["server-update-1", method, target, when, nonce]).encode()
     mac = hmac.new(secret.encode(), text, hashlib.sha256).hexdigest()
