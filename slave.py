@@ -775,6 +775,9 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         """What http.server itself refuses; its messages quote the request, so they go nowhere."""
         raise Refusal(code, http.HTTPStatus(code).phrase.lower())
 
+    def handle_expect_100(self):
+        return True  # go on without a word: a body is not wanted
+
     def log_message(self, *args):
         pass  # see log()
 
@@ -786,14 +789,14 @@ class Handler(http.server.SimpleHTTPRequestHandler):
             raise Refusal(405, "only GET and HEAD", ("Allow", "GET, HEAD"))
         target = self.requestline.split()[1]  # as it was sent and signed
         path, _, query = re.sub("^https?://[^/?]*", "", target, flags=re.I).partition("?")
-        values = parse_query(query)
         if path == "/healthz":
             self.send(200, "ok")
-        elif path in ("", "/") and "repo" not in values:
+        elif path in ("", "/") and not re.search("(^|&)repo(=|&|$)", query):
             self.answer_front()
         else:
             signatures = self.headers.get_all("X-Server-Update-Signature", [])
             signed = guard.check_signature(signatures, self.command, target, time.time())
+            values = parse_query(query)
             if "repo" in values:
                 guard.check_repo(values["repo"])
             if path in ("", "/", "/get", "/get/"):
