@@ -125,3 +125,13 @@ def test_the_commands_that_the_readme_gives_first_are_there():
     top = (ROOT / "README.md").read_text(encoding="utf-8")[:4000]
     assert "sh tests/demo" in top
     assert "sh tests/run" in top
+
+
+def test_the_tests_that_the_promises_name_are_there():
+    named = set(re.findall(r"`((?:test|an?|the|no|accepted|different|what)_\w+)`",
+                           (ROOT / "docs" / "promises.md").read_text(encoding="utf-8")))
+    files = (ROOT / "tests").glob("**/*.py")
+    defined = {name for path in files
+               for name in re.findall(r"^def (\w+)", path.read_text(encoding="utf-8"), re.M)}
+    assert len(named) > 20
+    assert named - defined == set()
