@@ -253,6 +253,13 @@ def test_a_settings_file_that_was_named_must_be_there(activate):
     )
 
 
+def test_a_settings_file_may_be_named_from_where_one_stands(activate, upstream, tmp_path):
+    repo = upstream.create("r")
+    (tmp_path / "own.conf").write_text("SUBMODULES=no\n", encoding="utf-8")
+    activate.settings["CONF"] = "own.conf"
+    assert activate.good("r", cwd=str(tmp_path))[0] == repo.head()
+
+
 def test_without_a_home_there_must_be_repos_dir(activate, upstream):
     upstream.create("r")
     result = activate("r", prefix=["env", "-u", "HOME", "-u", "SERVER_UPDATE_REPOS_DIR"])
@@ -392,6 +399,16 @@ def test_a_failing_post_update_is_exit_3(activate, upstream):
     assert (result.status, result.out) == (3, "r %s -\n" % repo.head())
     assert result.last == "slave-activate: live, but post-update hook failed (9)"
     assert activate.leftovers() == []
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize("closing", ["2>/dev/full", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_who_cannot_hear_still_gets_the_right_exit_status(activate, upstream, shell, closing):
+    repo = upstream.create("r")
+    activate.hook("post-update", "exit 9\n")
+    command = 'shell=$1; shift; exec $shell "$@" ' + closing
+    assert activate("r", prefix=["sh", "-c", command, "sh", shell]).status == 3
+    assert activate.head() == repo.head()
 
 
 def test_a_hook_that_is_not_executable_is_named_and_ignored(activate, upstream):
