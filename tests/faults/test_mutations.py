@@ -22,7 +22,7 @@ Mutation = namedtuple("Mutation", "name script pattern replacement scenario")
 MUTATIONS = [
     Mutation("answer before the record is written", "slave.py",
              r"self\.save\(repo, after\[repo\]\)",
-             "threading.Timer(0.5, self.save, (repo, after[repo])).start()",
+             "threading.Timer(5, self.save, (repo, after[repo])).start()",
              scenarios.accepted_survives_a_loss_of_power),
     Mutation("no fsync of the record", "slave.py",
              r"os\.fsync\(handle\.fileno\(\)\)", "pass",
