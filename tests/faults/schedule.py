@@ -90,12 +90,13 @@ def freeze(fleet, slave, rng):
 
 def stop_cleanly(fleet, slave, rng):
     """SIGTERM, as a reboot does."""
-    kill(slave.process.pid, signal.SIGTERM)
+    process = slave.process  # another fault may start a new one before the end of this
+    kill(process.pid, signal.SIGTERM)
 
     def start_again():
         for pid in processes_below(slave.folder):
             kill(pid, signal.SIGCONT)  # a freeze may have come in between
-        slave.process.wait(20)
+        process.wait(20)
         restart(slave)
     return start_again
 
