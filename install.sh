@@ -68,11 +68,11 @@ import slave
 conf, asked = {"SERVER_UPDATE_CONF": sys.argv[2]}, dict(os.environ, SERVER_UPDATE_CONF="/dev/null")
 try:
     now = slave.read_settings(conf if os.path.exists(sys.argv[2]) else asked, {})
-except slave.Mistake as mistake:
+except (OSError, ValueError) as mistake:
     sys.exit("install.sh: %s" % mistake.args[0].split(" (set by")[0])
 print(now["REPOS_DIR"], now["PORT"], sep="\n")
 print("# A line with # shows what holds without it. To change that, remove the # and restart.")
-for key, (default, _, meaning) in slave.SETTINGS.items():
+for key, (default, *_, meaning) in slave.SETTINGS.items():
     value = asked.get("SERVER_UPDATE_" + key)
     print("\n# %s\n%s%s=%s" % (meaning, "" if value else "#", key, value or default))
 ' "$here" "$conf" || exit 2

@@ -96,7 +96,7 @@ def kill_rounds(slave, upstream, rounds, longest_s, seed):
             assert record["state"] == "live", record
             assert order[name].index(record["commit"]) >= at_least, "not what was asked for"
             assert record["update"] >= update
-    assert not re.search("Traceback|broken|internal error", slave.log())
+    assert not re.search("Traceback|broken|connection of", slave.log())
 
 
 def test_accepted_updates_survive_kill_9(start_slave, upstream):
@@ -156,7 +156,7 @@ def test_broken_records_are_kept_aside(start_slave, upstream):
     slave.stop()
     for name, data in BROKEN.items():
         (slave.state / (name + ".json")).write_bytes(data)
-    (slave.state / "torn.json.tmp").write_bytes(b"x")
+    (slave.state / "record.tmp").write_bytes(b"x")
     before = len(slave.log())
     slave.start()
     log = slave.log()[before:]
@@ -165,7 +165,7 @@ def test_broken_records_are_kept_aside(start_slave, upstream):
         lines = [line for line in log.splitlines() if "/%s.json" % name in line]
         assert len(lines) == 1
         assert "%s.json is broken, kept as %s.json.broken: " % (name, name) in lines[0]
-    assert not (slave.state / "torn.json.tmp").exists()
+    assert not (slave.state / "record.tmp").exists()
     assert list(slave.json("/status")["repos"]) == ["good"]
     assert slave.wait_update("torn")["state"] == "live"
 
@@ -378,8 +378,6 @@ def test_live_previous_and_message_with_real_clones(start_slave, upstream, http_
     three = repo.commit({"a": "3"})
     subprocess.check_call([str(slave.bin / "slave-activate"), "hanuman"], env=env)
     assert slave.json("/status?repo=hanuman")["commit"] == three, "by hand counts as well"
-    subprocess.check_call(["git", "-C", str(slave.repos / "hanuman"), "pack-refs", "--all"])
-    assert slave.json("/status?repo=hanuman")["commit"] == three
 
 
 # -- timeouts, and what a run leaves behind
@@ -562,19 +560,19 @@ def test_what_keeps_it_from_starting(start_slave, upstream, tmp_path):
             ["--port", 0, "--repos-dir", slave.repos],
             {},
             1,
-            "another slave.py works in REPOS_DIR '%s'" % slave.repos,
+            "another slave.py works in '%s'" % slave.state,
         ),
         (
             ["--port", 0, "--repos-dir", tmp_path / "file"],
             {},
             1,
-            "can't write in '%s/.server-update': File exists" % (tmp_path / "file"),
+            "can't use '%s/.server-update': Not a directory" % (tmp_path / "file"),
         ),
         (
             ["--port", 0, "--repos-dir", "/proc/nowhere"],
             {},
             1,
-            "can't write in '/proc/nowhere/.server-update': No such file or directory",
+            "can't use '/proc/nowhere': No such file or directory",
         ),
         ([], {"SERVER_UPDATE_CONF": str(conf)}, 2, "%s:1: bad PORT '80x'" % conf),
         (["--port", "x"], {}, 2, "bad PORT 'x' (set by --port)"),
@@ -587,8 +585,8 @@ def test_what_keeps_it_from_starting(start_slave, upstream, tmp_path):
         (
             ["--secret-file", "/nowhere"],
             {},
-            2,
-            "can't read secret file '/nowhere': No such file or directory",
+            1,
+            "can't use '/nowhere': No such file or directory",
         ),
     ]
     for args, env, status, text in cases:
@@ -602,7 +600,7 @@ def test_what_keeps_it_from_starting(start_slave, upstream, tmp_path):
     if not os.path.exists("/bin/slave-activate"):
         assert (status, stderr) == (
             1,
-            "slave.py: no slave-activate on PATH, in '%s' or in /bin\n" % slave.bin,
+            "slave.py: no slave-activate on PATH, beside slave.py or in /bin\n",
         )
 
 
@@ -706,7 +704,7 @@ def test_without_a_file_the_front_says_what_this_is(start_slave):
     status, headers, body = slave.get("/")
     assert (status, headers["Content-Type"]) == (200, "text/plain")
     assert body == (
-        b"a server-update slave: /?repo=NAME starts an update, /status tells what is live\n"
+        b"a server-update slave: /?repo=NAME starts an update\n"
     )
     assert slave.get("/?repo=hanuman", method="HEAD")[0] == 405
     assert slave.json("/status") == {"version": "1.0", "repos": {}}

@@ -236,9 +236,8 @@ def test_a_hostile_network(start_slave, tmp_path):
     )
     assert {path.name for path in slave.state.iterdir()} <= {"hanuman.json", "a.json"}
     log = slave.log()
-    assert "Traceback" not in log and "internal error" not in log
+    assert "Traceback" not in log and "connection of" not in log
     assert all(line.isprintable() for line in log.splitlines())
-    assert "more requests refused" in log
     assert slave.wait_update()["state"] == "live"
     wait_until(
         lambda: len(os.listdir("/proc/%d/task" % slave.process.pid)) <= 4,

@@ -48,19 +48,21 @@ VECTORS = [
 
 
 def accepted(records=None, ref=None, now=1000.0):
-    return slave.accept(records or slave.Records(), "hanuman", ref, 0, now)
+    return slave.Records.accept(records or slave.Records(), "hanuman", ref, now)
 
 
 # -- the records of a repository
 
 
 def test_accept_start_finish():
-    records = slave.start(accepted(ref="v1"), ONE, 1001.0)
+    records = slave.Records.start(accepted(ref="v1"), ONE, 1001.0)
     assert (records.running.state, records.running.tries) == ("running", 1)
     assert records.running.commit == records.running.previous == ONE
-    records = slave.finish(records, 1002.0, state="live", message="", commit=TWO, previous=ONE)
-    assert slave.find(records) == slave.Record(
-        "hanuman", 1000000, "v1", "live", 1000.0, 1001.0, 1002.0, TWO, ONE, "", 1, 0
+    records = slave.Records.finish(
+        records, 1002.0, state="live", message="", commit=TWO, previous=ONE
+    )
+    assert slave.Records.find(records) == slave.Record(
+        "hanuman", 1000000, "v1", "live", 1000.0, 1001.0, 1002.0, TWO, ONE, "", 1
     )
 
 
@@ -73,68 +75,72 @@ def test_ids_grow_although_the_clock_does_not():
 
 
 def test_a_later_signal_takes_the_place_of_the_queued_one():
-    records = slave.start(accepted(ref="v1"), None, 1001.0)
+    records = slave.Records.start(accepted(ref="v1"), None, 1001.0)
     records = accepted(accepted(records, "v2", 1002.0), "v3", 1003.0)
-    assert [(one.state, one.ref) for one in slave.list_all(records)] == [
+    assert [(one.state, one.ref) for one in slave.Records.all(records)] == [
         ("running", "v1"),
         ("queued", "v3"),
     ]
-    assert slave.find(records, 1002000) == records.queued, "who asked for v2 hears of v3"
-    assert slave.find(records, 1000000) == records.running
-    assert slave.find(records, 1003001) is None
-    assert slave.find(slave.Records()) is None
+    assert slave.Records.find(records, 1002000) == records.queued, "who asked for v2 hears of v3"
+    assert slave.Records.find(records, 1000000) == records.running
+    assert slave.Records.find(records, 1003001) is None
+    assert slave.Records.find(slave.Records()) is None
 
 
 def test_only_so_many_ended_updates_are_remembered():
     records = slave.Records()
     for number in range(25):
-        records = slave.start(accepted(records, now=number + 1.0), None, number + 1.5)
-        records = slave.finish(records, number + 1.7, state="live", message="")
-    assert len(slave.list_all(records)) == slave.MAX_ENDED
-    assert slave.find(records).update == 25000
-    assert slave.find(records, 1).update == 16000, "an older one is answered for by a newer one"
+        records = slave.Records.start(accepted(records, now=number + 1.0), None, number + 1.5)
+        records = slave.Records.finish(records, number + 1.7, state="live", message="")
+    assert len(slave.Records.all(records)) == slave.MAX_ENDED
+    assert slave.Records.find(records).update == 25000
+    assert slave.Records.find(records, 1).update == 16000, (
+        "an older one is answered for by a newer one"
+    )
 
 
 def test_interrupted_three_times_is_failed():
     records = accepted()
     for _ in range(2):
-        records = slave.interrupt(slave.start(records, ONE, 1001.0), False, 1002.0)
+        records = slave.Records.interrupt(slave.Records.start(records, ONE, 1001.0), False, 1002.0)
         assert records.queued and not records.running
-    records = slave.interrupt(slave.start(records, ONE, 1001.0), False, 1002.0)
-    assert slave.find(records).state == "failed"
-    assert slave.find(records).message.startswith("interrupted three times")
-    assert slave.find(records).commit == ONE
+    records = slave.Records.interrupt(slave.Records.start(records, ONE, 1001.0), False, 1002.0)
+    assert slave.Records.find(records).state == "failed"
+    assert slave.Records.find(records).message.startswith("interrupted three times")
+    assert slave.Records.find(records).commit == ONE
 
 
 def test_a_clean_stop_is_no_try():
     records = accepted()
     for _ in range(5):
-        records = slave.interrupt(slave.start(records, None, 1001.0), True, 1002.0)
+        records = slave.Records.interrupt(slave.Records.start(records, None, 1001.0), True, 1002.0)
     assert (records.queued.tries, records.queued.started) == (0, None)
 
 
 def test_a_newer_queued_update_takes_the_place_of_an_interrupted_one():
-    records = accepted(slave.start(accepted(ref="old"), None, 1001.0), "new", 1002.0)
-    records = slave.interrupt(records, False, 1003.0)
-    assert [one.ref for one in slave.list_all(records)] == ["new"]
+    records = accepted(slave.Records.start(accepted(ref="old"), None, 1001.0), "new", 1002.0)
+    records = slave.Records.interrupt(records, False, 1003.0)
+    assert [one.ref for one in slave.Records.all(records)] == ["new"]
 
 
 def test_records_survive_the_file():
-    records = slave.finish(
-        slave.start(accepted(), ONE, 1001.0), 1002.0, state="failed", message="é"
+    records = slave.Records.finish(
+        slave.Records.start(accepted(), ONE, 1001.0), 1002.0, state="failed", message="é"
     )
-    records = accepted(slave.start(accepted(records, "v1", 1003.0), ONE, 1004.0), None, 1005.0)
-    data = slave.encode_records(records)
+    records = accepted(
+        slave.Records.start(accepted(records, "v1", 1003.0), ONE, 1004.0), None, 1005.0
+    )
+    data = slave.Records.encode(records)
     assert slave.decode_records("hanuman", data) == records
     assert list(json.loads(data.decode()))[:10] == list(slave.Record._fields[:10])
 
 
 def test_a_hand_made_file_with_the_ten_fields_alone_is_read():
-    records = slave.start(accepted(), ONE, 1001.0)
-    records = slave.finish(records, 1002.0, state="live", message="")
-    fields = dict(zip(slave.Record._fields[:10], slave.find(records)))
+    records = slave.Records.start(accepted(), ONE, 1001.0)
+    records = slave.Records.finish(records, 1002.0, state="live", message="")
+    fields = dict(zip(slave.Record._fields[:10], slave.Records.find(records)))
     records = slave.decode_records("hanuman", json.dumps(fields).encode())
-    assert (slave.find(records).state, slave.find(records).tries) == ("live", 0)
+    assert (slave.Records.find(records).state, slave.Records.find(records).tries) == ("live", 0)
 
 
 @pytest.mark.parametrize(
@@ -163,8 +169,10 @@ def test_a_hand_made_file_with_the_ten_fields_alone_is_read():
 )
 def test_no_record_with_a_wrong_value(change):
     fields = json.loads(
-        slave.encode_records(
-            slave.finish(slave.start(accepted(), ONE, 1001.0), 1002.0, state="live", message="")
+        slave.Records.encode(
+            slave.Records.finish(
+                slave.Records.start(accepted(), ONE, 1001.0), 1002.0, state="live", message=""
+            )
         ).decode()
     )
     slave.decode_records("hanuman", json.dumps(fields).encode())
@@ -175,14 +183,14 @@ def test_no_record_with_a_wrong_value(change):
 
 
 def test_two_queued_updates_are_no_records():
-    fields = json.loads(slave.encode_records(accepted()).decode())
+    fields = json.loads(slave.Records.encode(accepted()).decode())
     earlier = [dict(fields, update=1)]
     with pytest.raises(ValueError):
         slave.decode_records("hanuman", json.dumps(dict(fields, earlier=earlier)).encode())
 
 
 def test_no_garbage_gets_past_decode():
-    data = slave.encode_records(slave.start(accepted(), ONE, 1001.0))
+    data = slave.Records.encode(slave.Records.start(accepted(), ONE, 1001.0))
     good = slave.decode_records("hanuman", data)
     dice = random.Random(4)
     for length in range(len(data) - 2):
@@ -444,9 +452,9 @@ def test_file_environment_options(tmp_path):
     ],
 )
 def test_mistakes_in_the_file(line, text, tmp_path):
-    with pytest.raises(slave.Mistake) as mistake:
+    with pytest.raises(ValueError) as mistake:
         read("# one\n" + line + "\n", tmp_path=tmp_path)
-    assert mistake.value.args == ("%s:2: %s" % (tmp_path / "slave.conf", text), 2)
+    assert mistake.value.args == ("%s:2: %s" % (tmp_path / "slave.conf", text),)
 
 
 def test_mistakes_elsewhere(tmp_path):
@@ -454,15 +462,10 @@ def test_mistakes_elsewhere(tmp_path):
         ({"SERVER_UPDATE_PORT": "80x"}, {}, "bad PORT '80x' (set by SERVER_UPDATE_PORT)"),
         ({}, {"--port": "80x"}, "bad PORT '80x' (set by --port)"),
         ({"SERVER_UPDATE_TLS_KEY": "/k"}, {}, "TLS_KEY is set, but TLS_CERT is not"),
-        (
-            {"SERVER_UPDATE_CONF": "/nowhere/x"},
-            {},
-            "can't read settings file '/nowhere/x': No such file or directory",
-        ),
     ):
-        with pytest.raises(slave.Mistake) as mistake:
+        with pytest.raises(ValueError) as mistake:
             read("", environ, options, tmp_path)
-        assert mistake.value.args == (text, 2)
+        assert mistake.value.args == (text,)
 
 
 # -- signatures
@@ -497,12 +500,12 @@ def test_nonces_take_bounded_memory(tmp_path, monkeypatch):
             ask(number, 5000, 5000.0, "0" * 64)
     assert not one.nonces
     for number in range(100):
-        assert ask(number, 5000, 5000.0) == 5000
+        ask(number, 5000, 5000.0)
     with pytest.raises(slave.Refusal) as refusal:
         ask(100, 5000, 5300.0)
     assert refusal.value.args[0] == 503
-    assert ask(101, 5301, 5301.0), "what is too old by now makes room"
-    assert len(one.nonces) == 1
+    ask(101, 5301, 5301.0)
+    assert len(one.nonces) == 1, "what is too old by now makes room"
 
 
 def test_a_secret_never_goes_away_by_accident(tmp_path):
@@ -519,7 +522,9 @@ def test_a_secret_never_goes_away_by_accident(tmp_path):
 
 
 def test_allow_from(tmp_path):
-    networks = slave.parse_networks("10.0.0.0/8, 192.168.1.7 fe80::/10,::1 ::ffff:172.16.0.1")
+    networks = slave.SETTINGS["ALLOW_FROM"][2](
+        "10.0.0.0/8, 192.168.1.7 fe80::/10,::1 ::ffff:172.16.0.1"
+    )
     one = guard(tmp_path, ALLOW_FROM=networks)
     for address in ("10.1.2.3", "192.168.1.7", "::1", "fe80::1%eth0", "172.16.0.1"):
         one.check_address(address)
@@ -530,7 +535,7 @@ def test_allow_from(tmp_path):
 
 
 def test_allow_repos(tmp_path):
-    one = guard(tmp_path, ALLOW_REPOS=slave.parse_globs("hanuman, web-* [ab]"))
+    one = guard(tmp_path, ALLOW_REPOS=slave.SETTINGS["ALLOW_REPOS"][2]("hanuman, web-* [ab]"))
     for repo in ("hanuman", "web-1", "a"):
         one.check_repo(repo)
     for repo in ("hanuman2", "Web-1", "c"):

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from signal import SIGHUP
 
 import pytest
-from test_slave import ONE, record_file, runs, stand_in, start_by_hand, wait_runs
+from test_slave import ONE, runs, stand_in, start_by_hand, wait_runs
 from upstream import wait_until
 
 SECRET = "a secret that nobody knows"
@@ -133,24 +133,6 @@ def test_a_replay_is_401(signed_slave):
             pool.map(lambda _: signed_slave.get("/?repo=hanuman", headers=headers)[0], range(24))
         )
     assert sorted(answers) == [202] + [401] * 23
-
-
-def test_a_replay_after_a_restart_starts_nothing(signed_slave):
-    headers = signature("/?repo=hanuman")
-    assert signed_slave.get("/?repo=hanuman", headers=headers)[0] == 202
-    wait_until(lambda: "live after" in signed_slave.log(), 9)
-    update = record_file(signed_slave)["update"]
-    signed_slave.kill()
-    signed_slave.start()
-    status, _, body = signed_slave.get("/?repo=hanuman", headers=headers)
-    assert (status, json.loads(body.decode())) == (
-        503,
-        {"error": "signed before this slave's last start: sign again"},
-    )
-    assert record_file(signed_slave)["update"] == update
-    later = int(time.time()) + 1
-    wait_until(lambda: time.time() > later, 3)
-    assert ask(signed_slave)[0] == 202
 
 
 def test_the_clock_is_told_only_to_who_knows_the_secret(signed_slave):
@@ -435,7 +417,7 @@ def test_tls(start_slave, authority, tmp_path):
     except ConnectionError:
         pass
     plain.close()
-    wait_until(lambda: "no TLS with 127.0.0.1: " in slave.log(), 5)
+    wait_until(lambda: "connection of 127.0.0.1: " in slave.log(), 5)
     assert not (slave.state / "plain.json").exists()
     assert "Traceback" not in slave.log()
 
@@ -495,12 +477,10 @@ def test_a_renewed_certificate_is_taken_on_sighup(start_slave, authority, tmp_pa
         https(slave, "/healthz", authority)
     path.write_text("garbage")
     slave.process.send_signal(SIGHUP)
-    wait_until(
-        lambda: "the TLS certificate stays as it was (SIGHUP): bad TLS_CERT" in slave.log(), 5
-    )
+    wait_until(lambda: "the certificate stays what it was: bad TLS_CERT" in slave.log(), 5)
     shutil.copy(str(authority.issue("after")), str(path))
     slave.process.send_signal(SIGHUP)
-    wait_until(lambda: "the TLS certificate is read again (SIGHUP)" in slave.log(), 5)
+    wait_until(lambda: slave.log().count("the TLS certificate is read") == 2, 5)
     assert https(slave, "/healthz", authority)[0] == 200
     kept.request("GET", "/status?repo=hanuman&update=%d&wait=20" % update)
     (slave.home / "go").touch()
