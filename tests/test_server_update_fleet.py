@@ -147,7 +147,8 @@ FLEET = [  # kind, outcome, what the message says
     (drip(b"x" * 1000, 0.2), "unreachable", "connected, but no whole answer.*"),
     (raw(b"", "stays"), "unreachable", "connected, but no whole answer in time"),
     (raw(http("200 OK", "<html><h1>It works!</h1></html>", "text/html")), "signalled", ""),
-    (raw(http("200 OK", '["hanuman"]')), "unreachable", "answered with broken JSON"),
+    (raw(http("200 OK", '["hanuman"]')), "signalled", ""),
+    (raw(http("200 OK", "{}")), "signalled", ""),
     (raw(http("200 OK", '{"update": "soon"}')), "signalled", ""),
     (
         error("302 Found", headers="Location: http://127.0.0.1:1/\r\n"),
