@@ -147,7 +147,7 @@ def accepted_is_on_disk_before_the_answer(place):
     tracer.stderr.close()
     text = trace.read_text()
     before = text[:text.index("HTTP/1.1 202")]
-    order = [r"fsync\(\d+<[^>]*site\.json\.[^>]*>", r"rename.*site\.json",
+    order = [r"fsync\(\d+<[^>]*\.server-update/[^>]+>", r"rename.*site\.json",
              r"fsync\(\d+<[^>]*\.server-update>"]
     at = 0
     for step in order:
