@@ -469,7 +469,7 @@ def test_no_zombies_and_flat_memory(start_slave, upstream):
     def measure():
         wait_until(lambda: processes_below(slave.home.parent) == [slave.process.pid], 5)
         folder = "/proc/%d/" % slave.process.pid
-        wait_until(lambda: len(os.listdir(folder + "task")) <= 3, 5, what="threads to end")
+        wait_until(lambda: len(os.listdir(folder + "task")) == 1, 5, what="threads to end")
         return rss_kib(slave), len(os.listdir(folder + "fd"))
 
     update(10)
