@@ -494,8 +494,8 @@ class Slave:
             self.record(repo, Records.interrupt, True)
             log("%s: update %d stopped, to be taken up again", repo, record.update)
         else:
-            self.end_update(repo, **judge(repo, run.returncode, stdout, said, self.settings[
-                "TIMEOUT"] if why == "timeout" else None))
+            late_after_s = self.settings["TIMEOUT"] if why == "timeout" else None
+            self.end_update(repo, **judge(repo, run.returncode, stdout, said, late_after_s))
         signal_group(run, signal.SIGKILL)
 
     def end_update(self, repo, **changes):
