@@ -134,7 +134,7 @@ def check_left_behind(slave):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             yield "the repository's lock is still held"
-    if ["overlap"] in slave.journal()[slave.journal_before:] and not slave.is_disturbed:
+    if ["overlap"] in slave.journal()[slave.journal_before:]:
         yield "two updates ran at once"
 
 

@@ -19,13 +19,20 @@ REPO = "site"
 SMALL_DISK_BYTES = 4 * 1024 * 1024
 MASTER_OPTIONS = ["--json", "--timeout", "12", "--connect-timeout", "1", "--retries", "1"]
 CLEAN_OPTIONS = ["--json", "--timeout", "40"]
-# The hooks keep the checker's journal: what was put live, and whether two updates overlapped.
+# The hooks keep the checker's journal: what was put live, and whether two updates overlapped. What
+# runs is named by its process, as an update that is stopped half-way never gets to post-update.
 PRE_UPDATE = """#!/bin/sh
-mkdir '{folder}/busy' || echo 'overlap' >>'{folder}/journal'
+began() {{
+    cut -d' ' -f2,3,22 "/proc/$1/stat" 2>/dev/null | sed -n 's/^(slave-activate) [^ZX] //p'
+}}
+pid='' time=''
+[ ! -e '{folder}/running' ] || read -r pid time <'{folder}/running'
+[ -z "$time" ] || [ "$(began "$pid")" != "$time" ] || echo 'overlap' >>'{folder}/journal'
+echo "$PPID $(began "$PPID")" >'{folder}/running'
 """
 POST_UPDATE = """#!/bin/sh
 echo "$1 $3 $2" >>'{folder}/journal'
-rmdir '{folder}/busy'
+rm -f '{folder}/running'
 """
 
 
@@ -86,7 +93,6 @@ class FleetSlave(Slave):
         self.start()
         self.proxy = Proxy(loop, self.port)
         self.heard = []  # signals sent around the proxy: (when, update id)
-        self.is_disturbed = False  # in this round: a hook may have been left half-way
         self.journal_before = 0  # lines, when this round began
         self.forgotten_until = 0  # earlier acceptances were lost with a record that a fault broke
 

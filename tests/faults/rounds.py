@@ -40,8 +40,6 @@ def mend_everything(fleet):
         slave.proxy.mode = None
         slave.clock.write_text("0")
         restart(slave)
-        if (slave.folder / "busy").exists():
-            (slave.folder / "busy").rmdir()
 
 
 def run_masters(fleet, kind, events):
@@ -63,7 +61,7 @@ def run_round(fleet, seed, events=EVENTS, spread_s=SPREAD_S):
     """One round; what happened as a dict of counts. Raises Violation with all that was broken."""
     kind, plan = make_schedule(seed, len(fleet.slaves), events, spread_s)
     for slave in fleet.slaves:
-        slave.is_disturbed, slave.journal_before = False, len(slave.journal())
+        slave.journal_before = len(slave.journal())
     fleet.history.push()
     since, reader = time.time(), Reader(fleet)
     ended = run_masters(fleet, kind, plan)

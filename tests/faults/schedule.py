@@ -54,14 +54,12 @@ def restart(slave):
 
 def kill_slave(fleet, slave, rng):
     """kill -9 of slave.py; what it had started goes on by itself."""
-    slave.is_disturbed = True
     slave.kill()
     return lambda: restart(slave)
 
 
 def kill_everything(fleet, slave, rng):
     """kill -9 of slave.py and of all that it had started, as at a loss of power."""
-    slave.is_disturbed = True
     slave.kill()
     for pid in children_of(slave):
         kill(pid, signal.SIGKILL)
@@ -71,7 +69,6 @@ def kill_everything(fleet, slave, rng):
 def kill_a_child(fleet, slave, rng):
     """kill -9 of one process of a running update: the shell, git, a part of git, python3."""
     pids = children_of(slave)
-    slave.is_disturbed = True
     if pids:
         kill(rng.choice(sorted(pids)), signal.SIGKILL)
 
@@ -106,7 +103,6 @@ def fill_disk(fleet, slave, rng):
     disk = fleet.slaves[0].disk
     if disk is None:
         return None
-    fleet.slaves[0].is_disturbed = True
     filler = disk / "filler"
     with contextlib.suppress(OSError), filler.open("wb", buffering=0) as handle:
         while True:
@@ -124,7 +120,6 @@ def jump_clock(fleet, slave, rng):
 
 def edit_times(fleet, slave, rng):
     """slave.py is killed and its record moved ahead, as by a clock that was wrong."""
-    slave.is_disturbed = True
     slave.kill()
     path = slave.state / "site.json"
     with contextlib.suppress(OSError, ValueError):
@@ -138,7 +133,6 @@ def edit_times(fleet, slave, rng):
 
 def break_record(fleet, slave, rng):
     """slave.py is killed and its record torn, emptied or overwritten: its promises are lost."""
-    slave.is_disturbed = True
     slave.kill()
     path = slave.state / "site.json"
     if path.exists():
