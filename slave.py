@@ -32,6 +32,7 @@ import sys
 import threading
 import time
 from collections import deque, namedtuple
+from queue import Empty, SimpleQueue
 from types import SimpleNamespace
 from urllib.parse import unquote
 
@@ -51,6 +52,7 @@ MAX_LINE_BYTES = 8192  # of a request, and of what slave-activate says
 MAX_HEADER_BYTES = 16384
 MAX_CONNECTIONS = 256
 MAX_WAIT_S = 30
+IDLE_S = 2  # a thread that has no connection to serve for so long ends
 MAX_CLOCK_DIFFERENCE_S = 300
 MAX_NONCES = 65536
 RETRY_LATER = ("Retry-After", "2")
@@ -58,8 +60,7 @@ HASH_RE = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 SIGNATURE_RE = re.compile(r"t=([0-9]{1,12}),n=([0-9a-f]{32}),s=([0-9a-f]{64})")
 OUTPUT_KINDS = ("slave-activate: ", "fatal: ", "error: ", "")  # what tells most comes first
 
-# One update: /status tells the first ten fields, times in seconds since 1970. `tries` are its
-# starts but for those that ended in a clean stop.
+# One update: /status tells the first ten, times in seconds since 1970; clean stops are no tries.
 Record = namedtuple("Record", "repo update ref state requested started finished commit previous "
                     "message tries", defaults=(None, None, None, None, "", 0))
 
@@ -119,11 +120,9 @@ def log(text, *values):
     with contextlib.suppress(OSError):  # nobody reads the log: no reason to stop updating
         os.write(2, line.encode("utf-8", "backslashreplace"))
 
-def parse_words(text):
-    return text.replace(",", " ").split()
-
 PATH = "/.*"
 PORT = "[0-9]{1,4}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]"
+parse_words = re.compile(r"[^\s,]+").findall
 SETTINGS = {  # KEY: default, pattern and reader of a value, help
     "BASE_URL": ("https://github.com/aiegoo", r"/\S*|[^-:\s]\S*:\S+", lambda url: url.rstrip("/"),
                  "URL or path: clones are made of BASE_URL/NAME.git"),
@@ -268,12 +267,10 @@ class Journal:
     def commit(self, repo, method, *args, must_keep=False, **kwargs):
         """Applies a method of Records; returns the result once it is on disk, OSError if it can't.
 
-        One thread at a time writes, in one go, what all others have come with meanwhile. What
-        `must_keep` holds in any case, and is written with the next change.
+        One thread writes, in one go, what all have come with; what `must_keep` holds in any case.
         """
-        change = SimpleNamespace(
-            repo=repo, apply=lambda records: method(records, *args, **kwargs),
-            must_keep=must_keep, is_done=False)
+        change = SimpleNamespace(repo=repo, must_keep=must_keep, is_done=False)
+        change.apply = lambda records: method(records, *args, **kwargs)
         self.changes.append(change)
         with self.writing:
             if not change.is_done:  # else who held the lock before has written it with its own
@@ -291,6 +288,8 @@ class Journal:
             os.fsync(self.folder_fd)
         except OSError as error:
             failure = error
+            with contextlib.suppress(OSError):
+                os.unlink(self.beside)
             log("can't write in %s: %s", self.folder, error.strerror)
             after = self.apply([change for change in changes if change.must_keep])
         self.records.update(after)
@@ -307,17 +306,12 @@ class Journal:
         return after
 
     def save(self, repo, records):
-        """Puts one file in its place, whole or not at all; the folder is not yet synced."""
-        try:
-            with open(self.beside, "wb") as handle:
-                handle.write(records.encode())
-                handle.flush()
-                os.fsync(handle.fileno())
-            os.rename(self.beside, os.path.join(self.folder, repo + ".json"))
-        except OSError:
-            with contextlib.suppress(OSError):
-                os.unlink(self.beside)
-            raise
+        """Puts one file in its place, whole or not at all; its folder is synced later."""
+        with open(self.beside, "wb") as handle:
+            handle.write(records.encode())
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.rename(self.beside, os.path.join(self.folder, repo + ".json"))
 
 def read_live_commit(tree):
     """The commit that is checked out in a clone, or None where its plain files don't tell."""
@@ -382,8 +376,7 @@ class Guard:
             self.secrets = read_secrets(self.path)
 
     def check_signature(self, values, method, target, now):
-        """`values` are those of the header that signs. All get the same answer if they are wrong;
-        only who knows the secret is told of the clock."""
+        """Only who knows the secret is told what is wrong with `values`, those of its header."""
         with contextlib.suppress(OSError, ValueError):  # a secret never goes away by accident
             self.secrets = read_secrets(self.path)
         if not self.secrets:
@@ -494,8 +487,8 @@ class Slave:
             self.record(repo, Records.interrupt, True)
             log("%s: update %d stopped, to be taken up again", repo, record.update)
         else:
-            late_after_s = self.settings["TIMEOUT"] if why == "timeout" else None
-            self.end_update(repo, **judge(repo, run.returncode, stdout, said, late_after_s))
+            self.end_update(repo, **judge(repo, run.returncode, stdout, said,
+                                          why == "timeout" and self.settings["TIMEOUT"]))
         signal_group(run, signal.SIGKILL)
 
     def end_update(self, repo, **changes):
@@ -517,7 +510,6 @@ class Slave:
         """What /status tells of an update, or None; waits `wait_s` at most until it has ended."""
         def look():
             return self.journal.records.get(repo, Records()).find(update)
-
         with self.journal.changed:
             self.journal.changed.wait_for(
                 lambda: not look() or look().finished or self.stopping.is_set(), wait_s)
@@ -559,13 +551,13 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         self.server.handlers.add(self)
 
     def finish(self):
-        """Closes the connection, reading a bit first: else the peer may not get the answer."""
+        """Closes the connection; what its peer still sends comes first: else it gets no answer."""
         super().finish()
-        self.waits_since = time.monotonic()
         with contextlib.suppress(OSError):
-            socket.socket.shutdown(self.request, socket.SHUT_WR)
-            self.request.settimeout(1)
-            self.request.recv(MAX_HEADER_BYTES)
+            if self.lingers:
+                socket.socket.shutdown(self.request, socket.SHUT_WR)
+                self.request.settimeout(1)
+                self.request.recv(MAX_HEADER_BYTES)
         self.drop()
         self.request.close()
 
@@ -576,17 +568,17 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
     def handle_one_request(self):
         """Reads one request and answers it."""
-        self.close_connection = True
+        self.close_connection = self.lingers = True
         self.requestline = self.request_version = self.command = ""
         self.waits_since = time.monotonic()
         try:
             if not self.read_head() or not self.parse_request():
                 return
             self.waits_since = None
-            self.close_connection |= (self.request_version == "HTTP/1.0"
-                                      or "Content-Length" in self.headers
-                                      or "Transfer-Encoding" in self.headers)
+            has_body = "Content-Length" in self.headers or "Transfer-Encoding" in self.headers
+            self.close_connection |= has_body or self.request_version == "HTTP/1.0"
             self.answer(self.requestline.split()[1])
+            self.lingers = has_body
         except Refusal as refusal:
             status, text, *headers = refusal.args
             log("refused with %d from %s: %s: %s", status, self.client_address[0], text,
@@ -611,7 +603,6 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
     def log_message(self, *args):
         return True  # see log()
-
     handle_expect_100 = log_message  # go on without a word: a body is not wanted
 
     def answer(self, target):
@@ -695,11 +686,12 @@ class Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
     allow_reuse_port = False  # a second slave on the same port is a mistake
     request_queue_size = 1024
+    tls = None  # the context, once there is a certificate
     server_bind = http.server.socketserver.TCPServer.server_bind  # HTTPServer's looks up a name
 
     def __init__(self, slave, guard, served_file):
         self.slave, self.guard, self.served_file = slave, guard, served_file
-        self.handlers, self.tls = set(), None
+        self.accepted, self.idle, self.handlers = SimpleQueue(), threading.Semaphore(0), set()
         self.read_certificate()
         address = str(slave.settings["BIND"] or (
             "::" if os.path.exists("/proc/net/if_inet6") else "0.0.0.0"))
@@ -735,12 +727,22 @@ class Server(http.server.ThreadingHTTPServer):
         self.slave.start_queued()
 
     def process_request(self, request, client_address):
-        """Has a new connection served in a thread of its own; where need be another one ends."""
+        """Has a thread serve a new connection; where there are too many another one ends."""
         if len(self.handlers) >= MAX_CONNECTIONS:
             waiting = {one: one.waits_since for one in list(self.handlers)}
             min(waiting, key=lambda one: waiting[one] or float("inf")).drop()
-        peer = client_address[0].replace("::ffff:", "")  # IPv4 in IPv6's clothes
-        super().process_request(request, (peer, client_address[1]))
+        self.accepted.put((request, (client_address[0].replace("::ffff:", ""), client_address[1])))
+        if not self.idle.acquire(blocking=False):  # to start a thread costs half an answer
+            threading.Thread(target=self.serve_accepted, daemon=True).start()
+
+    def serve_accepted(self):
+        while True:
+            with contextlib.suppress(Empty):
+                self.process_request_thread(*self.accepted.get(timeout=IDLE_S))
+                self.idle.release()
+                continue
+            if self.idle.acquire(blocking=False):  # else there is something by now
+                return
 
     def handle_error(self, request, client_address):
         """What a connection ended with: mostly its peer's doing, which is nobody's concern."""
@@ -763,12 +765,10 @@ def run(options):
     if not guard.secrets:
         log("no secret: who can reach the port can have repositories of %s updated here; to "
             "change that, put one into %s", settings["BASE_URL"], guard.path)
-
     def stop():
         log("stopping")
         server.slave.stop()
         server.shutdown()
-
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: threading.Thread(target=stop).start())
     signal.signal(signal.SIGHUP, server.read_certificate)
