@@ -309,8 +309,10 @@ def test_all_is_flushed_before_the_exchange_and_the_folders_after_it(activate, u
     activate.good("r", prefix=STRACE + ["-y", "-e", calls, "-o", str(log)])
     text = log.read_text()
     exchange = re.search(r"renameat2\(.*r\.new\".*/r\", RENAME_EXCHANGE\) = 0", text)
-    sync = re.search(r"syncfs\(\d+<%s/r\.new>\) = 0" % activate.state, text)
-    assert sync and exchange and sync.start() < exchange.start()
+    pid = text[: exchange.start()].split("\n")[-1].split()[0]  # that flushes again, what is left
+    sync = re.search(r"(?m)^%s +syncfs\(\d+<%s/r\.new>" % (pid, activate.state), text)
+    assert sync and sync.start() < exchange.start()
+    assert re.search(r"(?m)^%s .*syncfs.* = 0$" % pid, text)
     written = [match.start() for match in re.finditer(r"/r\.new/[^\n]*O_(WRONLY|RDWR)", text)]
     assert written and max(written) < sync.start(), "something was written after the flush"
     for folder in (activate.repos, activate.state):

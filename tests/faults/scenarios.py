@@ -166,8 +166,9 @@ def a_clone_is_on_disk_before_it_goes_live(place):
     assert process.wait(60) == 0
     process.stdout.close()
     text = trace.read_text()
-    flush, exchange = text.find("syncfs("), text.find("RENAME_EXCHANGE")
-    assert 0 <= flush < exchange, text
+    exchange = text.find("RENAME_EXCHANGE")
+    pid = text[:exchange].rsplit("\n", 1)[1].split()[0]  # there may be others who flush
+    assert re.search(r"(?m)^%s .*syncfs.* = 0$" % pid, text[:exchange]), text
     assert re.search(r"fsync\(\d+<[^>]*/repos>", text[exchange:]), text
 
 
