@@ -52,7 +52,7 @@ MAX_LINE_BYTES = 8192  # of a request, and of what slave-activate says
 MAX_HEADER_BYTES = 16384
 MAX_CONNECTIONS = 256
 MAX_WAIT_S = 30
-IDLE_S = 2  # a thread that has no connection to serve for so long ends
+IDLE_S = 0.1  # a thread that has no connection to serve for so long ends
 MAX_CLOCK_DIFFERENCE_S = 300
 MAX_NONCES = 65536
 RETRY_LATER = ("Retry-After", "2")
@@ -553,11 +553,11 @@ class Handler(http.server.SimpleHTTPRequestHandler):
     def finish(self):
         """Closes the connection; what its peer still sends comes first: else it gets no answer."""
         super().finish()
+        self.waits_since = time.monotonic()
         with contextlib.suppress(OSError):
-            if self.lingers:
-                socket.socket.shutdown(self.request, socket.SHUT_WR)
-                self.request.settimeout(1)
-                self.request.recv(MAX_HEADER_BYTES)
+            socket.socket.shutdown(self.request, socket.SHUT_WR)
+            self.request.settimeout(1)
+            self.request.recv(MAX_HEADER_BYTES)
         self.drop()
         self.request.close()
 
@@ -568,7 +568,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
     def handle_one_request(self):
         """Reads one request and answers it."""
-        self.close_connection = self.lingers = True
+        self.close_connection = True
         self.requestline = self.request_version = self.command = ""
         self.waits_since = time.monotonic()
         try:
@@ -578,7 +578,6 @@ class Handler(http.server.SimpleHTTPRequestHandler):
             has_body = "Content-Length" in self.headers or "Transfer-Encoding" in self.headers
             self.close_connection |= has_body or self.request_version == "HTTP/1.0"
             self.answer(self.requestline.split()[1])
-            self.lingers = has_body
         except Refusal as refusal:
             status, text, *headers = refusal.args
             log("refused with %d from %s: %s: %s", status, self.client_address[0], text,
@@ -686,11 +685,10 @@ class Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
     allow_reuse_port = False  # a second slave on the same port is a mistake
     request_queue_size = 1024
-    tls = None  # the context, once there is a certificate
     server_bind = http.server.socketserver.TCPServer.server_bind  # HTTPServer's looks up a name
 
     def __init__(self, slave, guard, served_file):
-        self.slave, self.guard, self.served_file = slave, guard, served_file
+        self.slave, self.guard, self.served_file, self.tls = slave, guard, served_file, None
         self.accepted, self.idle, self.handlers = SimpleQueue(), threading.Semaphore(0), set()
         self.read_certificate()
         address = str(slave.settings["BIND"] or (
@@ -731,14 +729,16 @@ class Server(http.server.ThreadingHTTPServer):
         if len(self.handlers) >= MAX_CONNECTIONS:
             waiting = {one: one.waits_since for one in list(self.handlers)}
             min(waiting, key=lambda one: waiting[one] or float("inf")).drop()
-        self.accepted.put((request, (client_address[0].replace("::ffff:", ""), client_address[1])))
         if not self.idle.acquire(blocking=False):  # to start a thread costs half an answer
             threading.Thread(target=self.serve_accepted, daemon=True).start()
+        self.accepted.put((request, (client_address[0].replace("::ffff:", ""), client_address[1])))
 
     def serve_accepted(self):
         while True:
             with contextlib.suppress(Empty):
                 self.process_request_thread(*self.accepted.get(timeout=IDLE_S))
+                if len(self.handlers) > MAX_CONNECTIONS // 8:  # so many would keep much memory
+                    return
                 self.idle.release()
                 continue
             if self.idle.acquire(blocking=False):  # else there is something by now

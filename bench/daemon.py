@@ -7,7 +7,6 @@ All three run the same script for a signal, one that ends at once. slave.py writ
 disk before it answers, and runs the script once for all the signals that came meanwhile; the
 others start it for every signal, and forget the signal if they are killed.
 """
-import argparse
 import json
 import os
 import re
@@ -165,18 +164,9 @@ def measure_all(args, results):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", required=True)
-    parser.add_argument("--results", required=True)
-    parser.add_argument("--quick", action="store_true")
-    args = parser.parse_args(argv)
-    results = measure.Results("daemon")
-    try:
+    args = measure.parser(__doc__).parse_args(argv)
+    with measure.kept_results("daemon", args.results) as results:
         measure_all(args, results)
-    except (measure.Failed, OSError) as error:
-        sys.exit(f"daemon.py: {error}")
-    finally:
-        results.write(args.results)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@
 
 The slaves are addresses of 127.0.0.0/8, answered by slaves.py; those that are dead drop packets.
 """
-import argparse
 import os
 import shutil
 import subprocess
@@ -208,20 +207,11 @@ def measure_all(args, results):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", required=True)
-    parser.add_argument("--results", required=True)
-    parser.add_argument("--quick", action="store_true")
-    args = parser.parse_args(argv)
+    args = measure.parser(__doc__).parse_args(argv)
     args.rounds = 1 if args.quick else ROUNDS
     os.makedirs(os.path.join(args.work, "home"), exist_ok=True)
-    results = measure.Results("fanout")
-    try:
+    with measure.kept_results("fanout", args.results) as results:
         measure_all(args, results)
-    except (measure.Failed, OSError) as error:
-        sys.exit(f"fanout.py: {error}")
-    finally:
-        results.write(args.results)
 
 
 if __name__ == "__main__":

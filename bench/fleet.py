@@ -7,7 +7,6 @@ Every slave is a slave.py in a process of its own with a clone of its own; for t
 slave is a folder of its own behind an sshd. All of them work on the machine that is the master.
 """
 
-import argparse
 import os
 import re
 import shutil
@@ -182,33 +181,24 @@ def take_turns(fleet, group, rounds):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", required=True)
-    parser.add_argument("--results", required=True)
-    parser.add_argument("--quick", action="store_true")
-    args = parser.parse_args(argv)
+    args = measure.parser(__doc__).parse_args(argv)
     base = os.path.join(args.work, "upstream")
     os.makedirs(base, exist_ok=True)
     server = upstream.Server(base)
     ssh = None if args.quick else sshd.start(os.path.join(args.work, "sshd"))
     fleet = Fleet(args, server, ssh)
-    results = measure.Results("fleet")
+    title = f"An update followed to its end on {fleet.slaves} real slaves, one small commit"
     try:
-        if not os.path.exists(fleet.bare):
-            upstream.make(fleet.kind, fleet.bare)
-        group = results.group(
-            f"An update followed to its end on {fleet.slaves} real slaves, one small commit", OURS
-        )
-        fleet.start()
-        take_turns(fleet, group, 1 if args.quick else ROUNDS)
-    except (measure.Failed, subprocess.CalledProcessError) as error:
-        sys.exit(f"fleet.py: {error}")
+        with measure.kept_results("fleet", args.results) as results:
+            if not os.path.exists(fleet.bare):
+                upstream.make(fleet.kind, fleet.bare)
+            fleet.start()
+            take_turns(fleet, results.group(title, OURS), 1 if args.quick else ROUNDS)
     finally:
         fleet.stop()
         server.stop()
         if ssh:
             ssh.stop()
-        results.write(args.results)
 
 
 if __name__ == "__main__":

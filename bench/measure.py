@@ -5,10 +5,13 @@ A row's result file is {"row", "date", "groups": [{"title", "note", "ours", "res
 metrics.
 """
 
+import argparse
+import contextlib
 import datetime
 import json
 import os
 import subprocess
+import sys
 import threading
 import time
 
@@ -165,3 +168,24 @@ class Results:
         with open(path + ".new", "w", encoding="utf-8") as handle:
             json.dump(found, handle, indent=1)
         os.replace(path + ".new", path)
+
+
+def parser(doc):
+    """What every row takes; doc is the docstring of its program."""
+    found = argparse.ArgumentParser(description=doc.splitlines()[0])
+    found.add_argument("--work", required=True, help="an empty folder to work in")
+    found.add_argument("--results", required=True, help="the folder that the values go to")
+    found.add_argument("--quick", action="store_true", help="tiny sizes, one round")
+    return found
+
+
+@contextlib.contextmanager
+def kept_results(row, folder):
+    """The Results of a row, written in any case; a failure ends the program with one line."""
+    results = Results(row)
+    try:
+        yield results
+    except (Failed, OSError, subprocess.CalledProcessError) as error:
+        sys.exit(f"{row}: {error}")
+    finally:
+        results.write(folder)

@@ -7,10 +7,8 @@ Contestants take turns: in each round upstream gets its commit, everything is fl
 each brings its own clone up to date. A last round, not timed, watches tree, disk and memory.
 """
 
-import argparse
 import os
 import shutil
-import subprocess
 import sys
 
 import measure
@@ -290,23 +288,18 @@ def measure_given(args, server, results):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", required=True)
-    parser.add_argument("--results", required=True)
-    parser.add_argument("--quick", action="store_true")
+    parser = measure.parser(__doc__)
     parser.add_argument("--upstream")
     args = parser.parse_args(argv)
     os.makedirs(os.path.join(args.work, "home"), exist_ok=True)
     os.makedirs(os.path.join(args.work, "upstream"), exist_ok=True)
     server = upstream.Server(os.path.join(args.work, "upstream"))
-    results = measure.Results("given" if args.upstream else "update")
+    row, measure_it = ("given", measure_given) if args.upstream else ("update", measure_all)
     try:
-        (measure_given if args.upstream else measure_all)(args, server, results)
-    except (measure.Failed, subprocess.CalledProcessError) as error:
-        sys.exit(f"update.py: {error}")
+        with measure.kept_results(row, args.results) as results:
+            measure_it(args, server, results)
     finally:
         server.stop()
-        results.write(args.results)
 
 
 if __name__ == "__main__":

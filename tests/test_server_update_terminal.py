@@ -467,27 +467,24 @@ def test_a_second_interrupt_ends_at_once(farm, tmp_path):
         os.close(read)
 
 
-def test_a_reader_that_goes_away_stops_the_printing_but_not_the_updates(farm, tmp_path):
-    entries = [farm.add(updates(0.02 * n)) for n in range(30)] + [farm.add(error("500 x"))]
-    slavelist = tmp_path / "slavelist.txt"
-    slavelist.write_text("\n".join(entries))
-    done = subprocess.run(
-        [
-            "sh",
-            "-c",
-            '{ "$@"; echo "exit $?" >&2; } | head -n 1',
-            "sh",
-            PYTHON,
-            "-I",
-            str(ROOT / "server-update"),
-            "--list",
-            str(slavelist),
-            "hanuman",
-        ],
+def run_by_shell(script, *arguments):
+    """A finished run of a shell script, where "$@" is server-update with these arguments."""
+    command = ["sh", "-c", script, "sh", PYTHON, "-I", str(ROOT / "server-update"), *arguments]
+    return subprocess.run(
+        command,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         universal_newlines=True,
         timeout=60,
+    )
+
+
+def test_a_reader_that_goes_away_stops_the_printing_but_not_the_updates(farm, tmp_path):
+    entries = [farm.add(updates(0.02 * n)) for n in range(30)] + [farm.add(error("500 x"))]
+    slavelist = tmp_path / "slavelist.txt"
+    slavelist.write_text("\n".join(entries))
+    done = run_by_shell(
+        '{ "$@"; echo "exit $?" >&2; } | head -n 1', "--list", str(slavelist), "hanuman"
     )
     assert done.stdout.count("\n") == 1
     assert done.stderr == "exit 1\n"
@@ -495,19 +492,7 @@ def test_a_reader_that_goes_away_stops_the_printing_but_not_the_updates(farm, tm
 
 
 def test_help_into_a_reader_that_goes_away():
-    done = subprocess.run(
-        [
-            "sh",
-            "-c",
-            '{ "$@" --help; echo "exit $?" >&2; } | :',
-            "sh",
-            PYTHON,
-            "-I",
-            str(ROOT / "server-update"),
-        ],
-        stderr=subprocess.PIPE,
-        universal_newlines=True,
-    )
+    done = run_by_shell('{ "$@" --help; echo "exit $?" >&2; } | :')
     assert done.stderr == "exit 0\n"
 
 
@@ -515,23 +500,7 @@ def test_help_into_a_reader_that_goes_away():
 def test_closed_outputs(farm, tmp_path, redirect):
     slavelist = tmp_path / "slavelist.txt"
     slavelist.write_text(farm.add(updates()))
-    done = subprocess.run(
-        [
-            "sh",
-            "-c",
-            '"$@" ' + redirect,
-            "sh",
-            PYTHON,
-            "-I",
-            str(ROOT / "server-update"),
-            "--list",
-            str(slavelist),
-            "hanuman",
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        timeout=30,
-    )
+    done = run_by_shell('"$@" ' + redirect, "--list", str(slavelist), "hanuman")
     assert done.returncode == 0
     assert len(farm.signals) == 1
 

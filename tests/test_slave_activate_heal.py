@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tempfile
 import subprocess
 
 import pytest
@@ -237,9 +238,8 @@ def test_without_root_unwritable_folders_are_no_obstacle(upstream, tmp_path):
             pytest.skip("as root this needs setpriv (util-linux)")
         prefix = ["setpriv", "--reuid=12345", "--regid=12345", "--clear-groups"]
         for path in paths + list(tmp_path.parents)[:3]:
-            path.chmod(0o755) if str(path).startswith(
-                "/tmp/"
-            ) and path.stat().st_uid == 0 else None
+            if str(path).startswith(tempfile.gettempdir() + "/") and path.stat().st_uid == 0:
+                path.chmod(0o755)
         os.chown(str(activate.home), 12345, 12345)
         activate.settings["BASE_URL"] = upstream.base_path
         (activate.home / ".gitconfig").write_text("[safe]\n\tdirectory = *\n")
@@ -252,6 +252,27 @@ def test_without_root_unwritable_folders_are_no_obstacle(upstream, tmp_path):
     assert (result.status, result.err) == (0, ""), result
     assert (live / "d/e/f").read_text() == "1"
     assert activate.leftovers() == []
+
+
+def test_a_state_folder_that_is_a_link_leads_to_no_other_live_folder(activate, upstream, tmp_path):
+    upstream.create("r", {"a": "1"})
+    (tmp_path / "vault" / "r").mkdir(parents=True)
+    (tmp_path / "vault" / "state").mkdir()
+    (tmp_path / "vault" / "r" / "precious").touch()
+    activate.repos.mkdir(parents=True)
+    activate.state.symlink_to(tmp_path / "vault" / "state")
+    for _ in range(2):
+        activate.good("r")
+    assert (activate.live() / "a").read_text() == "1"
+    assert (tmp_path / "vault" / "r" / "precious").exists()
+
+
+@pytest.mark.parametrize("name", ["r.log", "r.new", "r.old"])
+def test_a_dangling_link_in_the_state_folder_is_swept(activate, live, tmp_path, name):
+    (activate.state / name).symlink_to(tmp_path / "outside")
+    activate.good("r")
+    assert activate.leftovers() == []
+    assert not (tmp_path / "outside").exists()
 
 
 def test_what_a_killed_run_left_is_swept(activate, upstream, live):

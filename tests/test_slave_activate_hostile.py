@@ -5,6 +5,7 @@ that folder, which must not change, is the proof. Where it is cheap, the same at
 """
 
 import os
+import time
 
 import pytest
 from activate_support import Activate, snapshot
@@ -92,6 +93,15 @@ def test_a_link_to_a_folder_outside_is_not_written_through(attack):
     assert (live / "out/pwned").read_text() == (live / "sub/theirs").read_text() == "x"
     attack.harmless(attack.repo.commit({"out": link, "sub": link}))
     attack.harmless(attack.repo.commit({"out": None, "sub": None}))
+
+
+def test_many_links_to_itself_cost_nothing(attack):
+    """Of n links to the folder that they are in come n to the power of 3 paths of three names."""
+    links = {"link-%d" % number: ("120000", ".") for number in range(300)}
+    attack.harmless(attack.repo.commit(links))
+    began = time.monotonic()
+    attack.harmless(attack.repo.commit({"more": "1"}))
+    assert time.monotonic() - began < 10
 
 
 @pytest.mark.parametrize("link_first", [True, False])

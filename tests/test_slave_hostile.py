@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import socket
 import subprocess
@@ -244,6 +245,58 @@ def test_a_hostile_network(start_slave, tmp_path):
         15,
         what="all connections to end",
     )
+
+
+def test_what_comes_after_a_request_cuts_no_answer_short(start_slave, tmp_path):
+    """Unread input at the close of a socket makes the kernel drop what is still to be sent."""
+    page = tmp_path / "page"
+    page.write_bytes(b"x" * 6000000)
+    slave = start_slave(args=[page])
+    request = b"GET / HTTP/1.1\r\nX: " + b"x" * 900 + b"\r\n\r\n"
+    with connect(slave.port) as connection:
+        connection.sendall(2 * request)
+        time.sleep(0.2)
+        got = 0
+        while True:
+            part = len(connection.recv(1 << 16))
+            got += part
+            if not part:
+                break
+    assert got > 6000000
+
+
+def test_who_waits_for_an_end_is_not_pushed_out_by_bodies(start_slave):
+    slave = start_slave()
+    stand_in(slave, 'while [ ! -e "$HOME/go" ]; do sleep 0.05; done')
+    path = "/status?repo=hanuman&update=%d&wait=20" % slave.signal()
+    with ThreadPoolExecutor(5) as pool:
+        polls = [pool.submit(slave.json, path) for _ in range(5)]
+        time.sleep(0.3)
+        rude = []
+        for _ in range(400):
+            rude.append(connect(slave.port))
+            rude[-1].sendall(b"GET /healthz HTTP/1.1\r\nContent-Length: 5\r\n\r\n")
+            wait_until(lambda: rude[-1].recv(9), what="an answer")
+        (slave.home / "go").touch()
+        assert [poll.result()["state"] for poll in polls] == ["live"] * 5
+    for connection in rude:
+        connection.close()
+
+
+def test_a_shortage_of_threads_passes(start_slave):
+    slave = start_slave()
+    with open("/proc/%d/status" % slave.process.pid) as status:
+        size = int(re.search(r"VmSize:\s+(\d+)", status.read()).group(1)) * 1024
+    room_for_a_few = size + 20 * 1024 * 1024
+    resource.prlimit(slave.process.pid, resource.RLIMIT_AS, (room_for_a_few, room_for_a_few))
+    idle = [connect(slave.port) for _ in range(60)]
+    wait_until(lambda: "can't start new thread" in slave.log(), 5, what="the shortage")
+    for connection in idle:
+        connection.close()
+    tasks = "/proc/%d/task" % slave.process.pid
+    wait_until(lambda: len(os.listdir(tasks)) == 1, 15, what="threads to end")
+    for _ in range(8):
+        assert slave.get("/healthz", timeout=3)[0] == 200
 
 
 def test_a_header_has_ten_seconds_in_all(start_slave):

@@ -55,7 +55,7 @@ MUTATIONS = [
              r"(?m)^    flock .*$", "    return",
              scenarios.two_at_once_take_turns),
     Mutation("no sweep", "slave-activate",
-             r"\|\| sweep; done", "|| :; done",
+             r"then sweep; fi", "then :; fi",
              scenarios.the_next_run_sweeps_what_a_killed_one_left),
     Mutation("pre-update's exit status ignored", "slave-activate",
              r'run_hook pre-update "\$new" \|\|', 'run_hook pre-update "$new" || : ||',
