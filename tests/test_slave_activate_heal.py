@@ -2,8 +2,8 @@
 
 import os
 import shutil
-import tempfile
 import subprocess
+import tempfile
 
 import pytest
 from activate_support import Activate, assert_fresh, git
