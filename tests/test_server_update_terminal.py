@@ -1,23 +1,31 @@
 """What people see: terminals of 80 and 40 columns, pipes, colours, Ctrl-C, readers that leave."""
 
-import codecs
 import fcntl
 import json
 import os
-import pty
 import re
 import select
 import signal
-import struct
 import subprocess
-import termios
-import threading
 import time
 from pathlib import Path
 
 import pytest
 from conftest import PYTHON, ROOT, wait_until
-from farm import COMMIT, OTHER, PREVIOUS, Answer, Farm, accepted, error, raw, told, updates
+from farm import (
+    COMMIT,
+    OTHER,
+    PREVIOUS,
+    Answer,
+    Farm,
+    accepted,
+    error,
+    raw,
+    silent_port,
+    told,
+    updates,
+)
+from terminal import Run
 
 MANY = 10000
 STOP_S = 0.5
@@ -31,67 +39,6 @@ def farm():
     one = Farm()
     yield one
     one.close()
-
-
-class Run:
-    """server-update in a process, its two outputs on a terminal or in pipes, read as they come."""
-
-    def __init__(self, tmp_path, entries, *options, columns=None, both=True, env=None, **kwargs):
-        slavelist = tmp_path / "slavelist.txt"
-        slavelist.write_text("".join(entry + "\n" for entry in entries))
-        self.name = [PYTHON, "-I", str(ROOT / "server-update")]
-        command = self.name + ["--list", str(slavelist), *options, "hanuman"]
-        environ = dict(os.environ, **dict({"TERM": "xterm", "LC_ALL": "C.UTF-8"}, **(env or {})))
-        self.chunks, self.begun = [], time.monotonic()
-        if columns:
-            mine, theirs = pty.openpty()
-            fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-            out = theirs if both else subprocess.PIPE
-            self.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=out, stderr=theirs, env=environ, **kwargs
-            )
-            os.close(theirs)
-        else:
-            mine, theirs = os.pipe()
-            self.process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=theirs,
-                stderr=subprocess.PIPE,
-                env=environ,
-                **kwargs,
-            )
-            os.close(theirs)
-        self.thread = threading.Thread(target=self._read, args=(mine,), daemon=True)
-        self.thread.start()
-
-    def _read(self, number):
-        while True:
-            try:
-                data = os.read(number, 65536)
-            except OSError:  # the other end of a terminal is closed
-                data = b""
-            if not data:
-                os.close(number)
-                return
-            self.chunks.append((time.monotonic() - self.begun, data))
-
-    @property
-    def text(self):
-        """All that has come so far."""
-        return codecs.decode(b"".join(data for _, data in self.chunks), "utf-8", "replace")
-
-    def wait(self, timeout=60):
-        """The whole text, once it has ended."""
-        self.code = self.process.wait(timeout)
-        self.thread.join(10)
-        self.errors = self.process.stderr.read().decode() if self.process.stderr else ""
-        assert "Traceback" not in self.text + self.errors
-        return self.text
-
-    def wait_for(self, pattern, timeout=20):
-        """Wait until the text has `pattern`."""
-        wait_until(lambda: re.search(pattern, self.text), timeout, what=pattern)
 
 
 def seen(text):
@@ -396,6 +343,26 @@ def test_interrupted_it_tells_the_outcome_so_far(farm, tmp_path, phase, number):
     assert "server-update: interrupted: 0 not live, 2 unfinished or not started\n" in run.errors
 
 
+@pytest.mark.parametrize("batches", ["1", "2"])
+def test_interrupted_while_it_connects(farm, tmp_path, batches):
+    silent, keep = silent_port()
+    entries = ["127.78.0.1:%d" % silent, farm.add(updates())]
+    run = Run(tmp_path, entries, "--json", "--batch", batches, "--connect-timeout", "60")
+    connecting = ":%04X 02 " % silent  # a SYN is sent
+    wait_until(lambda: connecting in Path("/proc/net/tcp").read_text(), 20, what="a SYN")
+    if batches == "2":
+        run.wait_for('"outcome": "live"')
+    begun = time.monotonic()
+    run.process.send_signal(signal.SIGINT)
+    text = run.wait()
+    assert time.monotonic() - begun < STOP_S
+    assert run.code == 130
+    summary = json.loads(text.splitlines()[-1])
+    last = {"live": 1} if batches == "2" else {"not started": 1}
+    assert summary["outcomes"] == dict(last, timeout=1)
+    del keep
+
+
 def test_interrupted_on_a_terminal_with_many(farm, tmp_path):
     entries = [farm.add(hold if n % 2 else updates()) for n in range(60)]
     failed = tmp_path / "failed"
@@ -411,16 +378,27 @@ def test_interrupted_on_a_terminal_with_many(farm, tmp_path):
     assert {line.split()[0] for line in failed.read_text().splitlines()} == set(entries[1::2])
 
 
-def test_interrupted_with_ten_thousand(farm, tmp_path):
+@pytest.mark.parametrize(("options", "columns"), [(["--json"], None), (["-v"], 80), ([], 80)])
+def test_interrupted_with_ten_thousand(farm, tmp_path, options, columns):
     entries = [farm.add(updates(1000)) for _ in range(MANY)]
-    run = Run(tmp_path, entries, "--json")
+    run = Run(tmp_path, entries, *options, columns=columns)
     wait_until(lambda: len(farm.signals) > 300, 20)
     begun = time.monotonic()
     run.process.send_signal(signal.SIGINT)
-    lines = run.wait().splitlines()
-    assert time.monotonic() - begun < STOP_S + START_S  # ten thousand lines
-    assert (run.code, len(lines)) == (130, MANY + 2)
-    assert sum(json.loads(lines[-1])["outcomes"].values()) == MANY
+    run.process.wait(20)
+    took = time.monotonic() - begun
+    text = run.wait()
+    print("ended after %.2f s" % took)
+    assert took < STOP_S
+    assert run.code == 130
+    if columns is None:
+        assert text.count("\n") == MANY + 2
+        assert sum(json.loads(text.splitlines()[-1])["outcomes"].values()) == MANY
+    else:
+        totals = r"\nhanuman: (\d+) timeout, (\d+) not started of %d, " % MANY
+        found = re.search(totals, seen(text))
+        assert sum(map(int, found.groups())) == MANY
+        assert (text.count("127.77.") == MANY) == (options == ["-v"])
 
 
 def test_interrupted_while_the_list_is_read(tmp_path):

@@ -1,0 +1,75 @@
+"""server-update in a process, its outputs on a terminal or in pipes, read as they come."""
+
+import codecs
+import fcntl
+import os
+import pty
+import re
+import struct
+import subprocess
+import termios
+import threading
+import time
+
+from conftest import PYTHON, ROOT, wait_until
+
+
+class Run:
+    """One run; .text is what has come so far, .wait() all of it."""
+
+    def __init__(self, tmp_path, entries, *options, columns=None, both=True, env=None, **kwargs):
+        slavelist = tmp_path / "slavelist.txt"
+        slavelist.write_text("".join(entry + "\n" for entry in entries))
+        self.name = [PYTHON, "-I", str(ROOT / "server-update")]
+        command = self.name + ["--list", str(slavelist), *options, "hanuman"]
+        environ = dict(os.environ, **dict({"TERM": "xterm", "LC_ALL": "C.UTF-8"}, **(env or {})))
+        self.chunks, self.begun = [], time.monotonic()
+        if columns:
+            mine, theirs = pty.openpty()
+            fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+            out = theirs if both else subprocess.PIPE
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=out, stderr=theirs, env=environ, **kwargs
+            )
+            os.close(theirs)
+        else:
+            mine, theirs = os.pipe()
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=theirs,
+                stderr=subprocess.PIPE,
+                env=environ,
+                **kwargs,
+            )
+            os.close(theirs)
+        self.thread = threading.Thread(target=self._read, args=(mine,), daemon=True)
+        self.thread.start()
+
+    def _read(self, number):
+        while True:
+            try:
+                data = os.read(number, 65536)
+            except OSError:  # the other end of a terminal is closed
+                data = b""
+            if not data:
+                os.close(number)
+                return
+            self.chunks.append((time.monotonic() - self.begun, data))
+
+    @property
+    def text(self):
+        """All that has come so far."""
+        return codecs.decode(b"".join(data for _, data in self.chunks), "utf-8", "replace")
+
+    def wait(self, timeout=60):
+        """The whole text, once it has ended."""
+        self.code = self.process.wait(timeout)
+        self.thread.join(10)
+        self.errors = self.process.stderr.read().decode() if self.process.stderr else ""
+        assert "Traceback" not in self.text + self.errors
+        return self.text
+
+    def wait_for(self, pattern, timeout=20):
+        """Wait until the text has `pattern`."""
+        wait_until(lambda: re.search(pattern, self.text), timeout, what=pattern)
