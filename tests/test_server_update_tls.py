@@ -8,7 +8,7 @@ import subprocess
 import time
 
 import pytest
-from conftest import PYTHON, ROOT
+from conftest import PYTHON, ROOT, wait_until
 from test_slave_security import Authority
 
 SECRET, NEXT_SECRET = "correct horse battery staple", "a new secret of enough bytes"
@@ -24,21 +24,29 @@ def repo(upstream):
     return upstream.create("hanuman", files={"a": "1"})
 
 
-def update(slavelist, entries, *options):
-    """Run server-update on these entries: (exit code, {slave: result}, standard error)."""
+def start_update(slavelist, entries, *options):
+    """Start server-update on these entries."""
     slavelist.write_text("".join(entry + "\n" for entry in entries))
-    done = subprocess.run(
+    return subprocess.Popen(
         [PYTHON, "-I", str(ROOT / "server-update"), "--list", str(slavelist), "--json"]
         + [*options, "hanuman"],
         env=dict(os.environ, SSL_CERT_FILE="/nonexistent"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         universal_newlines=True,
-        timeout=60,
     )
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def update(*arguments):
+    """Run server-update on these entries: (exit code, {slave: result}, standard error)."""
+    return finish(start_update(*arguments))
+
+
+def finish(process):
+    out, err = process.communicate(timeout=60)
+    lines = [json.loads(line) for line in out.splitlines()]
     results = {line["slave"]: line for line in lines if line["type"] == "result"}
-    return done.returncode, results, done.stderr
+    return process.returncode, results, err
 
 
 def test_https_slaves_are_followed_to_the_end_and_bad_certificates_told(
@@ -113,6 +121,46 @@ def test_a_secret_is_changed_without_a_gap(start_slave, repo, tmp_path):
     assert "(HTTP 401)" in results[entry]["message"]
     code, results, _ = update(tmp_path / "l", [entry])
     assert results[entry]["outcome"] == "refused"  # not signed at all
+
+
+@pytest.mark.parametrize("kept, outcomes", [(True, {"live"}), (False, {"live", "refused"})])
+def test_the_secret_changes_while_a_fleet_is_being_updated(
+    start_slave, repo, tmp_path, kept, outcomes
+):
+    """A rollout that began with the old one goes on with it while other masters sign with the new.
+
+    Without the old line the slaves of its second batch refuse it.
+    """
+    on_master, gate, slaves = tmp_path / "master-secret", tmp_path / "gate", []
+    on_slaves = [tmp_path / ("secret-%d" % number) for number in range(4)]
+    for path in (on_master, *on_slaves):
+        path.touch(mode=0o600)
+        path.write_text(SECRET + "\n")
+    for path in on_slaves:
+        slaves.append(start_slave(SECRET_FILE=path))
+        hook = slaves[-1].hooks / "pre-update"
+        hook.write_text("#!/bin/sh\n: >started; until [ -e '%s' ]; do sleep 0.05; done\n" % gate)
+        hook.chmod(0o755)
+    entries = ["127.0.0.1:%d" % slave.port for slave in slaves]
+    signed = ("--secret-file", str(on_master))
+    process = start_update(tmp_path / "l", entries, "--batch", "2", *signed)
+    trees = [slave.state / "hanuman.new" for slave in slaves]
+    wait_until(lambda: all((tree / "started").exists() for tree in trees[:2]), 30, what="hooks")
+    for path in on_slaves:
+        path.write_text("".join(one + "\n" for one in [SECRET] * kept + [NEXT_SECRET]))
+    on_master.write_text(NEXT_SECRET + "\n")
+    _, results, _ = update(tmp_path / "l2", entries[:3], "--status", *signed)
+    states = [results[entry]["message"].split()[:2] for entry in entries[:3]]
+    assert states == [["update", "running"]] * 2 + [["no", "such"]]
+    assert not trees[2].exists() and process.poll() is None
+    gate.touch()
+    code, results, _ = finish(process)
+    assert {result["outcome"] for result in results.values()} == outcomes
+    assert (code, len(results)) == (0 if kept else 1, 4)
+    for path in on_slaves:
+        path.write_text(NEXT_SECRET + "\n")
+    code, results, _ = update(tmp_path / "l", entries, *signed)
+    assert (code, {one["commit"] for one in results.values()}) == (0, {repo.head()})
 
 
 def test_a_signed_status_of_the_fleet(start_slave, repo, tmp_path):

@@ -11,6 +11,10 @@ import pytest
 from activate_support import Activate, snapshot
 from upstream import run_git
 
+# In CI a million, and 600: git treats what is larger than 512 MiB in another way.
+FILES = int(os.environ.get("FILES", "64000"))
+HUGE_BYTES = int(os.environ.get("HUGE_MB", "64")) << 20
+
 
 class Attack:
     """Repository r, live through HTTP as it was before it turned hostile (`first`)."""
@@ -25,7 +29,7 @@ class Attack:
         self.plain = tmp_path / "plain"  # where a plain git clone shows that an attack works
         self.repo = http_upstream.create("r", {"f": "1"})
         self.url = http_upstream.url + "/r.git"
-        self.activate = Activate(tmp_path, http_upstream.url)
+        self.activate = self.roomy = Activate(tmp_path, http_upstream.url)
         self.first = self.activate.good("r")[0]
         self.before = snapshot(self.outside), snapshot(self.activate.live())
 
@@ -41,6 +45,15 @@ class Attack:
         assert (snapshot(self.outside), snapshot(self.activate.live())) == self.before
         assert self.activate.leftovers() == []
         return result.last[16:]
+
+    def move(self, disk):
+        """Go on with a slave on a disk of its own, where the first commit is live."""
+        self.activate = Activate(disk, self.upstream.url)
+        self.activate.good("r")
+        self.before = self.before[0], snapshot(self.activate.live())
+
+    def move_back(self):
+        self.activate = self.roomy
 
     def works(self):
         """The attack has worked, where it was let; undo it."""
@@ -206,3 +219,35 @@ def test_a_submodule_that_names_a_command_or_a_folder_outside(attack):
     attack.submodule("../r.git")
     attack.activate("r", env=allow("submodule.sub.update", "!" + attack.run))
     attack.works()
+
+
+def test_a_huge_file(attack, small_disk, tmp_path):
+    """Of few bytes over the wire: it goes live, or there is no room for it."""
+    huge = tmp_path / "huge"
+    with huge.open("wb") as handle:
+        for _ in range(HUGE_BYTES >> 20):
+            handle.write(b"x" * (1 << 20))
+    entry = ("100644", "huge", attack.repo.git("hash-object", "-w", str(huge)))
+    huge.unlink()
+    attack.move(small_disk(HUGE_BYTES // 2))
+    commit_tree(attack.repo, entry)
+    assert "make room for" in attack.refused()
+    attack.move_back()
+    attack.harmless(attack.repo.head())
+    assert (attack.activate.live() / "huge").stat().st_size == HUGE_BYTES
+
+
+def test_a_million_files(attack, small_disk):
+    """Four objects are enough for that: it goes live, or there is no room for it."""
+    repo, width = attack.repo, round(FILES ** (1 / 3))
+    attack.move(small_disk(32 << 20))
+    mode, child = "100644", blob(repo, "x")
+    for _ in range(3):
+        names = sorted("%d" % number for number in range(width))
+        child, mode = tree(repo, *((mode, name, child) for name in names)), "40000"
+    repo.git("update-ref", "HEAD", repo.git("commit-tree", "-m", "evil", "-p", "HEAD", child))
+    assert "make room for" in attack.refused()
+    attack.move_back()
+    attack.harmless(repo.head())
+    found = sum(len(files) for _, _, files in os.walk(str(attack.activate.live() / "0")))
+    assert found == width**2
