@@ -2,49 +2,16 @@
 
 import json
 import random
+import re
 import subprocess
 
 import pytest
-from conftest import load
+from conftest import ROOT, load
 
 slave = load("slave.py")
 ONE, TWO = "1" * 40, "2" * 64
 SECRET = b"0123456789abcdef0123456789abcdef"
-# Computed by hand: printf 'server-update-1\nGET\n...' | openssl dgst -sha256 -hmac SECRET
-VECTORS = [
-    (
-        SECRET,
-        "GET",
-        "/?repo=hanuman",
-        "1700000000",
-        "000102030405060708090a0b0c0d0e0f",
-        "5ee9a3ad3913d570dc38247d15d0e6903751639d96b47bf391ba93a89e1dbb06",
-    ),
-    (
-        SECRET,
-        "GET",
-        "/status?repo=hanuman&update=1700000000123&wait=20",
-        "1700000060",
-        "f0e0d0c0b0a090807060504030201000",
-        "ea19a56dc89991581286d6924175c0bdbeefbbddbed386ced1bec6714743262e",
-    ),
-    (
-        SECRET,
-        "HEAD",
-        "/status",
-        "1799999999",
-        "f" * 32,
-        "9332a7eab5521f80586b0d120b02e16fb3823227f76ade37135c5a0ad2f4cc3e",
-    ),
-    (
-        b"correct horse battery staple",
-        "GET",
-        "/get/?repo=hanuman&ref=feature%2Fx",
-        "1700000000",
-        "00112233445566778899aabbccddeeff",
-        "8970acd65659812544709ef30adfa9fe3f196d9ad70c4eae3924ba8d41116bc5",
-    ),
-]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def accepted(records=None, ref=None, now=1000.0):
@@ -471,9 +438,24 @@ def test_mistakes_elsewhere(tmp_path):
 # -- signatures
 
 
-@pytest.mark.parametrize("secret, method, target, when, nonce, mac", VECTORS)
-def test_signature_vectors(secret, method, target, when, nonce, mac):
-    assert slave.sign(secret, method, target, when, nonce) == mac
+def vectors():
+    """Those of the README's table, (secret, method, target, when, nonce, mac) each."""
+    row = re.compile(r"^\| (.+) \| `(GET|HEAD) (\S+)` \| (\d+) \| `(\w+)` \| `(\w+)` \|$", re.M)
+    found = []
+    for secret, *more in row.findall(README):
+        found.append([found[-1][0] if secret == "the same" else secret.strip("`"), *more])
+    return found
+
+
+def test_signature_vectors(server_update):
+    assert len(vectors()) == 4
+    for secret, method, target, when, nonce, mac in vectors():
+        assert slave.sign(secret.encode(), method, target, when, nonce) == mac
+        assert server_update.sign(secret.encode(), method, target, when, nonce) == mac
+        text = "\n".join(["server-update-1", method, target, when, nonce])
+        openssl = ["openssl", "dgst", "-sha256", "-hmac", secret]
+        said = subprocess.run(openssl, input=text.encode(), stdout=subprocess.PIPE, check=True)
+        assert said.stdout.split()[-1].decode() == mac
 
 
 def guard(tmp_path, **settings):

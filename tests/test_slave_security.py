@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from signal import SIGHUP
 
 import pytest
+from conftest import ROOT
 from test_slave import ONE, runs, stand_in, start_by_hand, wait_runs
 from upstream import wait_until
 
@@ -66,6 +67,20 @@ def test_the_right_signature_is_taken(signed_slave):
         assert ask(signed_slave, "/status", when=time.time() + when)[0] == 200
     assert ask(signed_slave, "/status", method="HEAD")[0] == 200
     assert ask(signed_slave, "/get/?repo=hanuman&ref=a%2Fb")[0] == 202
+
+
+def test_the_readme_signs_with_curl_and_a_shell(signed_slave, tmp_path):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (script,) = re.findall(r"```sh\n(target=.*?)```", readme, re.S)
+    for shown, here in (
+        ("/etc/server-update/secret", str(tmp_path / "secret")),
+        ("http://web1:9999", signed_slave.url),
+    ):
+        assert script.count(shown) == 1
+        script = script.replace(shown, here)
+    done = subprocess.run(["sh", "-ec", script], stdout=subprocess.PIPE, check=True, timeout=20)
+    assert json.loads(done.stdout.decode())["repo"] == "hanuman"
+    wait_runs(signed_slave, 1)
 
 
 def wrong_requests():
