@@ -17,14 +17,14 @@ import slaves
 import sshd
 
 ROUNDS = 5
-SLOW_ROUNDS = 2
 OURS = "server-update"
 CURL, XARGS = "curl -Z", "xargs -P64 curl"
 CONNECT_S = 4
+SHORT_CONNECT_S = 0.5  # where nothing is said of the default
 DELAY_S = 0.05
 DEAD_EVERY = 50
 UPDATE_S = 5
-XARGS_MOST = 100
+XARGS_MOST = 1000
 POLL_S = 0.02
 
 
@@ -52,15 +52,15 @@ class Fleet:
             handle.writelines(line + "\n" for line in lines)
         return path
 
-    def commands(self, follow=False):
+    def commands(self, follow=False, connect_s=CONNECT_S):
         """Who takes part: the command, and what a result looks like in its output."""
         program = os.path.join(measure.PRODUCT, "server-update")
         ours = [sys.executable, program, "--list", self.list]
-        ours += ["--json", "--retries", "0", "--connect-timeout", str(CONNECT_S), "hanuman"]
+        ours += ["--json", "--retries", "0", "--connect-timeout", str(connect_s), "hanuman"]
         found = {OURS: (ours if follow else [*ours, "--no-wait"], b'"result"')}
         if not shutil.which("curl"):
             return found
-        curl = ["-s", "--connect-timeout", str(CONNECT_S), "-w", "%{http_code}\\n"]
+        curl = ["-s", "--connect-timeout", str(connect_s), "-w", "%{http_code}\\n"]
         parallel = ["curl", "-Z", "--parallel-immediate", "--parallel-max", "300", *curl]
         found[CURL] = ([*parallel, "-K", self.config], b"202")
         one = ["xargs", "-a", self.urls, "-P", "64", "-n", "1", "curl", "-o", "/dev/null", *curl]
@@ -126,18 +126,20 @@ def take_turns(group, rounds, commands, expected, env=None):
     group["results"].sort(key=lambda result: whos.index(result["who"]))
 
 
-def measure_signals(args, results, number, delay_s, dead):
+def measure_signals(args, results, number, delay_s, dead, connect_s=CONNECT_S):
     """A table: one signal to each, no waiting for the update."""
     fleet = Fleet(args.work, number, delay_s, dead)
-    words = "answering after 50 ms, 2 % dead" if dead else "answering at once"
-    situation = "dead" if dead else "instant"
+    words = "answering after 50 ms" if delay_s else "answering at once"
+    if dead:
+        words += f", 2 % dead and given up after {connect_s} s"
+    situation = ("delayed" if delay_s else "instant") + " dead" * dead
     title = f"A signal to {number:,} slaves, {words}"
     group = results.group(title, OURS, kind=f"signal-{number}", situation=situation)
-    if not dead:
+    if situation == "instant":
         group["plot"] = {"slaves": number}
     try:
-        commands = fleet.commands()
-        if number > XARGS_MOST or dead:
+        commands = fleet.commands(connect_s=connect_s)
+        if number > XARGS_MOST or number == XARGS_MOST and situation != "instant":
             commands.pop(XARGS, None)
         # curl writes 000 for a dead one, server-update a result that says what is wrong
         alive = number - len(fleet.dead)
@@ -151,10 +153,10 @@ def measure_followed(args, results, number, update_s):
     """A table: the same slaves followed to the end of an update that takes update_s."""
     fleet = Fleet(args.work, number, DELAY_S, dead=True, update_s=update_s)
     title = f"{number:,} slaves, 2 % dead, followed to the end of updates that take {update_s} s"
-    group = results.group(title, OURS, f"{SLOW_ROUNDS} runs.", kind="followed", situation="dead")
+    group = results.group(title, OURS, kind="followed", situation="delayed dead")
     try:
         commands = {OURS: fleet.commands(follow=True)[OURS]}
-        take_turns(group, SLOW_ROUNDS, commands, {OURS: number})
+        take_turns(group, args.rounds, commands, {OURS: number})
     finally:
         fleet.stop()
 
@@ -175,19 +177,18 @@ def shell_commands(ssh, number, fleet):
     return found
 
 
-def measure_shells(args, results, number, rounds):
+def measure_shells(args, results, number):
     """A table: what reaching the slaves over ssh costs, where nothing is to be done there."""
     ssh = sshd.start(os.path.join(args.work, "sshd"))
     if not ssh:
         return
     fleet = Fleet(args.work, number)
     title = f"A command to {number} hosts over ssh, beside a signal to {number} slaves"
-    note = "One run." if rounds < ROUNDS else ""
-    group = results.group(title, OURS, note, kind="shells", situation=str(number))
+    group = results.group(title, OURS, kind="shells", situation=str(number))
     env = dict(os.environ, HOME=os.path.join(args.work, "home"), **ssh.environment())
     try:
         commands = shell_commands(ssh, number, fleet)
-        take_turns(group, rounds, commands, dict.fromkeys(commands, number), env)
+        take_turns(group, args.rounds, commands, dict.fromkeys(commands, number), env)
     finally:
         fleet.stop()
         ssh.stop()
@@ -197,13 +198,17 @@ def measure_all(args, results):
     if args.quick:
         measure_signals(args, results, 10, 0.0, False)
         return
-    for number in (10, 100, 1000, 10000):
+    for number in (10, 100, 1000):
         measure_signals(args, results, number, 0.0, False)
-    for number in (1000, 10000):
-        measure_signals(args, results, number, DELAY_S, True)
+        measure_signals(args, results, number, DELAY_S, False)
+        if number >= DEAD_EVERY:
+            measure_signals(args, results, number, 0.0, True, SHORT_CONNECT_S)
+            measure_signals(args, results, number, DELAY_S, True, SHORT_CONNECT_S)
+    measure_signals(args, results, 10000, 0.0, False)
+    measure_signals(args, results, 10000, DELAY_S, True)
     measure_followed(args, results, 10000, UPDATE_S)
-    measure_shells(args, results, 10, ROUNDS)
-    measure_shells(args, results, 100, 1)
+    measure_shells(args, results, 10)
+    measure_shells(args, results, 100)
 
 
 def main(argv):

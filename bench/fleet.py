@@ -19,7 +19,6 @@ import sshd
 import upstream
 
 ROUNDS = 5
-SLOW_ROUNDS, SLOW = 2, "ansible -m git"
 SLAVES = 50
 OURS = "server-update"
 KIND = "files-500"
@@ -93,14 +92,9 @@ class Fleet:
         hosts = ",".join(self.names)
         every = ["pdsh", "-S", "-f", str(self.slaves), "-w", hosts]
         pull = os.path.join(self.work, "pull", "%h", self.kind)
-        clone = os.path.join(self.work, "clone", "%h", self.kind)
         ansible = os.path.join(self.work, "ansible", "{{inventory_hostname}}", self.kind)
         if self.ssh and shutil.which("pdsh"):
             found["pdsh git pull"] = [*every, f"git -C {pull} pull -q"]
-            found["pdsh rm -rf && git clone"] = [
-                *every,
-                f"rm -rf {clone}; git clone -q {self.url} {clone}",
-            ]
         if self.ssh and shutil.which("ansible"):
             python = os.path.realpath(sys.executable)
             found["ansible -m git"] = [
@@ -122,7 +116,6 @@ class Fleet:
     def folder(self, who):
         return {
             "pdsh git pull": "pull",
-            "pdsh rm -rf && git clone": "clone",
             "ansible -m git": "ansible",
         }.get(who, who)
 
@@ -170,8 +163,6 @@ def take_turns(fleet, group, rounds):
         commit = upstream.commit(fleet.bare, 1)
         turn = number % len(whos)
         for who in whos[turn:] + whos[:turn]:
-            if who == SLOW and number >= SLOW_ROUNDS:
-                continue
             os.sync()
             measure.Results.add(
                 group, who, measure.run_measured(commands[who], fleet.environment())

@@ -146,6 +146,7 @@ class Results:
 
     def group(self, title, ours, note="", **facts):
         """A table to be: ratios are to ours; facts (plot, x) say where its values are plotted."""
+        print(f"bench: {time.strftime('%H:%M:%S')}  {title}", flush=True)
         self.groups.append(dict(facts, title=title, ours=ours, note=note, results=[]))
         return self.groups[-1]
 

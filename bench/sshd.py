@@ -1,6 +1,8 @@
 """An sshd of the benchmark's own on loopback, that answers for any number of hosts: slave1 ...
 
-Its port, its keys and its configuration are its own; nothing of the machine's is read or changed.
+Its port, its keys, its configuration and the home of who logs in are its own; nothing of the
+machine's is read or changed (a .bashrc can take longer than all else). Keys are exchanged in the
+way that takes the least time, a third of what OpenSSH does by default.
 """
 
 import os
@@ -25,6 +27,7 @@ PasswordAuthentication no
 PermitRootLogin prohibit-password
 MaxStartups 1000
 LogLevel ERROR
+SetEnv HOME={folder}/home
 """
 CLIENT = """Host slave*
   HostName 127.0.0.1
@@ -32,6 +35,7 @@ CLIENT = """Host slave*
   User {user}
   IdentityFile {folder}/user
   IdentitiesOnly yes
+  KexAlgorithms curve25519-sha256
   BatchMode yes
   StrictHostKeyChecking no
   UserKnownHostsFile /dev/null
@@ -62,7 +66,7 @@ class Sshd:
 
     def __init__(self, folder):
         self.folder = folder
-        os.makedirs(folder, exist_ok=True)
+        os.makedirs(os.path.join(folder, "home"), exist_ok=True)
         for name in ("host", "user"):
             if not os.path.exists(os.path.join(folder, name)):
                 subprocess.run(
@@ -97,6 +101,7 @@ class Sshd:
         return {
             "PDSH_RCMD_TYPE": "ssh",
             "PDSH_SSH_ARGS_APPEND": ssh,
+            "ANSIBLE_PIPELINING": "True",
             "ANSIBLE_SSH_ARGS": f"-C -o ControlMaster=auto -o ControlPersist=60s {ssh}",
             "ANSIBLE_REMOTE_TEMP": os.path.join(self.folder, "tmp"),
         }

@@ -18,6 +18,7 @@ ROUNDS = 5
 SITUATIONS = {"unchanged": 0, "one small commit": 1, "1,000 changed files": 1000}
 LIMIT = "the limit"
 OURS = "slave-activate"
+FIRST = "slave-activate, first clone"
 
 # Each is a script for sh -e, with URL (the repository), LIVE (the folder to bring up to date), DIR
 # (what LIVE is in, for the contestant alone) and ROOT (our scripts).
@@ -38,6 +39,7 @@ exec ansible localhost -m git -a "repo=$URL dest=$LIVE version=main force=yes re
 """
 UPDATES = {
     OURS: 'exec "$ROOT/slave-activate" "${LIVE##*/}"',
+    FIRST: 'exec "$ROOT/slave-activate" "${LIVE##*/}"',  # with nothing there
     "rm -rf && git clone": 'rm -rf "$LIVE"; exec git clone -q "$URL" "$LIVE"',
     "rm -rf && git clone --depth 1": 'rm -rf "$LIVE"; exec git clone -q --depth 1 "$URL" "$LIVE"',
     "git clone --reference --dissociate": DISSOCIATE,
@@ -46,8 +48,11 @@ UPDATES = {
     "ansible -m git": ANSIBLE,
     LIMIT: 'git ls-remote -q "$URL" HEAD; git -C "$LIVE" checkout-index -a --prefix="$DIR/empty/"',
 }
-FIRST = [OURS, "rm -rf && git clone", "rm -rf && git clone --depth 1"]
-FULL = ["rm -rf && git clone", "git clone --reference --dissociate"]
+FULL = [
+    "rm -rf && git clone",
+    "rm -rf && git clone --depth 1",
+    "git clone --reference --dissociate",
+]
 GROWTH = [OURS, "rm -rf && git clone", "git pull", LIMIT]
 # what a contestant starts from, where that is not its own first clone
 SETUP = 'git clone -q "$BARE" "$LIVE"; git -C "$LIVE" remote set-url origin "$URL"'
@@ -60,7 +65,6 @@ SETUPS = {
 CURVES = (
     ("files-500", ("files",)),
     ("files-5000", ("files", "objects")),
-    ("history-50k", ("objects",)),
 )
 FULL_NOTE = (
     "What a whole clone costs does not depend on what changed: those rows are measured with "
@@ -118,6 +122,8 @@ class Contest:
 
     def prepare(self, who):
         """Outside the measured time: what a run needs to be like the others."""
+        if who == FIRST:
+            self.empty(who)
         if who == LIMIT:
             shutil.rmtree(os.path.join(self.folder(who), "empty"), ignore_errors=True)
             self.sh(who, UPDATES["git pull"])
@@ -135,7 +141,7 @@ class Contest:
             raise measure.Failed(f"{who}: {self.live(who)} is not at {commit}: {texts}")
 
     def take_turns(self, group, whos, changed):
-        """The timed rounds, and a watched one; changed None is for first clones.
+        """The timed rounds, and a watched one.
 
         A peer that fails is left out from there on; ours ends it all.
         """
@@ -149,7 +155,7 @@ class Contest:
             turn = number % len(whos)
             for who in whos[turn:] + whos[:turn]:
                 try:
-                    measure.Results.add(group, who, self.run(who, changed, number == self.rounds))
+                    measure.Results.add(group, who, self.run(who, number == self.rounds))
                     self.check(who, commit)
                 except measure.Failed as error:
                     if who == OURS:
@@ -158,21 +164,19 @@ class Contest:
                     whos.remove(who)
         group["results"].sort(key=lambda result: list(UPDATES).index(result["who"]))
 
-    def run(self, who, changed, is_watched):
+    def run(self, who, is_watched):
         """One run's values."""
-        if changed is None:
-            self.empty(who)
         self.prepare(who)
         if is_watched:
-            return self.watch(who, UPDATES[who], changed)
+            return self.watch(who, UPDATES[who])
         return self.sh(who, UPDATES[who])
 
-    def watch(self, who, script, changed):
+    def watch(self, who, script):
         watcher = measure.Watcher(self.live(who), upstream.FIRST, upstream.LAST)
         watcher.start()
         self.sh(who, script, watcher.follow)
         seen = watcher.stop()
-        if changed is None or who == LIMIT:
+        if who in (FIRST, LIMIT):
             del seen["broken"]
         return seen
 
@@ -180,7 +184,8 @@ class Contest:
 def contestants(situation=None):
     """All who take part in a situation; whole clones only where they are measured."""
     whos = [who for who in UPDATES if who != "ansible -m git" or shutil.which("ansible")]
-    return [who for who in whos if situation in (None, "one small commit") or who not in FULL]
+    once = [FIRST, *FULL]
+    return [who for who in whos if situation in (None, "one small commit") or who not in once]
 
 
 def borrow_whole_clones(groups):
@@ -190,14 +195,6 @@ def borrow_whole_clones(groups):
             small = next(other for other in groups if other["situation"] == "one small commit")
             group["results"] += [result for result in small["results"] if result["who"] in FULL]
             group["results"].sort(key=lambda result: list(UPDATES).index(result["who"]))
-
-
-def measure_first(contest, results, title):
-    """The table of first clones."""
-    for who in FIRST:
-        contest.empty(who)
-    group = results.group(f"{title}: first clone", OURS, kind=contest.kind, situation="first")
-    contest.take_turns(group, FIRST, None)
 
 
 def measure_updates(contest, results, title, situations, plot):
@@ -258,7 +255,7 @@ def measure_all(args, server, results):
     rows = [
         ("tiny", "A tiny repository", situations[:2]),
         ("middle", "A middle repository", situations),
-        ("files-50000", "A repository of many files", situations[1:2]),
+        ("files-50000", "A repository of many files", situations),
     ]
     if args.quick:
         rows = [("smoke", "A repository for a quick look", situations[:2])]
@@ -267,8 +264,6 @@ def measure_all(args, server, results):
         files, objects, _ = facts(bare)
         plot = {"objects": objects} if kind == "middle" else {"files": files}
         contest, title = Contest(args, server, kind), describe(name, bare)
-        if kind != "files-50000":
-            measure_first(contest, results, title)
         measure_updates(contest, results, title, which, plot)
     for kind, axes in () if args.quick else CURVES:
         bare = make_upstream(args, kind)
