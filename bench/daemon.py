@@ -21,7 +21,7 @@ import measure
 import sshd
 
 ROUNDS = 5
-SECONDS = 0.8
+SECONDS = 0.6
 NUMBERS = (1, 16, 256)
 SOME, MANY = 10000, 100000
 OURS = "slave.py"

@@ -48,10 +48,11 @@ UPDATES = {
     "ansible -m git": ANSIBLE,
     LIMIT: 'git ls-remote -q "$URL" HEAD; git -C "$LIVE" checkout-index -a --prefix="$DIR/empty/"',
 }
-FULL = [
+ALIKE = [
     "rm -rf && git clone",
     "rm -rf && git clone --depth 1",
     "git clone --reference --dissociate",
+    LIMIT,
 ]
 GROWTH = [OURS, "rm -rf && git clone", "git pull", LIMIT]
 # what a contestant starts from, where that is not its own first clone
@@ -66,9 +67,9 @@ CURVES = (
     ("files-500", ("files",)),
     ("files-5000", ("files", "objects")),
 )
-FULL_NOTE = (
-    "What a whole clone costs does not depend on what changed: those rows are measured with "
-    "one small commit."
+ALIKE_NOTE = (
+    "What a whole clone costs, and the limit, does not depend on what changed: those rows are "
+    "measured with one small commit."
 )
 
 
@@ -182,18 +183,18 @@ class Contest:
 
 
 def contestants(situation=None):
-    """All who take part in a situation; whole clones only where they are measured."""
+    """All who take part in a situation; what is alike in all of them, only in one."""
     whos = [who for who in UPDATES if who != "ansible -m git" or shutil.which("ansible")]
-    once = [FIRST, *FULL]
+    once = [FIRST, *ALIKE]
     return [who for who in whos if situation in (None, "one small commit") or who not in once]
 
 
-def borrow_whole_clones(groups):
+def borrow(groups):
     """Adds to the other situations the rows that were measured once, with one small commit."""
     for group in groups:
         if group["situation"] != "one small commit":
             small = next(other for other in groups if other["situation"] == "one small commit")
-            group["results"] += [result for result in small["results"] if result["who"] in FULL]
+            group["results"] += [result for result in small["results"] if result["who"] in ALIKE]
             group["results"].sort(key=lambda result: list(UPDATES).index(result["who"]))
 
 
@@ -208,13 +209,13 @@ def measure_updates(contest, results, title, situations, plot):
             OURS,
             kind=contest.kind,
             situation=situation,
-            note="" if situation == "one small commit" else FULL_NOTE,
+            note="" if situation == "one small commit" else ALIKE_NOTE,
         )
         if situation == "one small commit":
             group["plot"] = plot
         contest.take_turns(group, contestants(situation), SITUATIONS[situation])
         groups.append(group)
-    borrow_whole_clones(groups)
+    borrow(groups)
     shutil.rmtree(os.path.join(contest.work, "clones", contest.kind))
 
 
