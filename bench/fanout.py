@@ -198,14 +198,13 @@ def measure_all(args, results):
     if args.quick:
         measure_signals(args, results, 10, 0.0, False)
         return
-    for number in (10, 100, 1000):
+    for number in (10, 100, 1000, 10000):
         measure_signals(args, results, number, 0.0, False)
         measure_signals(args, results, number, DELAY_S, False)
         if number >= DEAD_EVERY:
             measure_signals(args, results, number, 0.0, True, SHORT_CONNECT_S)
-            measure_signals(args, results, number, DELAY_S, True, SHORT_CONNECT_S)
-    measure_signals(args, results, 10000, 0.0, False)
-    measure_signals(args, results, 10000, DELAY_S, True)
+            connect_s = CONNECT_S if number == 10000 else SHORT_CONNECT_S
+            measure_signals(args, results, number, DELAY_S, True, connect_s)
     measure_followed(args, results, 10000, UPDATE_S)
     measure_shells(args, results, 10)
     measure_shells(args, results, 100)
