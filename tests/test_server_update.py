@@ -391,6 +391,7 @@ def test_progress(server_update):
     )
 
 
+SECONDS = "--timeout, --connect-timeout: above 0 and below 1e9 seconds"
 MISTAKES = [
     ([], "which repository?"),
     (["../x"], "bad repository name '../x'"),
@@ -399,13 +400,13 @@ MISTAKES = [
     (["--ref", "a..b", "x"], "bad ref 'a..b'"),
     (["--ref=-x", "x"], "bad ref '-x'"),
     (["--ref", "", "x"], "bad ref ''"),
-    (["--parallel", "0", "x"], "too few or too many"),
+    (["--parallel", "0", "x"], "--parallel: 1 to 10000; --retries: 0 to 9999"),
     (["--parallel", "many", "x"], "argument --parallel: invalid int value: 'many'"),
-    (["--retries", "-1", "x"], "too few or too many"),
-    (["--timeout", "0", "x"], "seconds are above 0, finite"),
-    (["--timeout", "nan", "x"], "seconds are above 0, finite"),
-    (["--timeout", "-5", "--connect-timeout", "-1", "x"], "seconds are above 0, finite"),
-    (["--connect-timeout", "inf", "x"], "seconds are above 0, finite"),
+    (["--retries", "-1", "x"], "--parallel: 1 to 10000; --retries: 0 to 9999"),
+    (["--timeout", "0", "x"], SECONDS),
+    (["--timeout", "nan", "x"], SECONDS),
+    (["--timeout", "-5", "--connect-timeout", "-1", "x"], SECONDS),
+    (["--connect-timeout", "inf", "x"], SECONDS),
     (["--batch", "0", "x"], "--batch: sizes from 1, percentages to 100%"),
     (["--batch", "1,0%", "x"], "--batch: sizes from 1, percentages to 100%"),
     (["--batch", "1,101%", "x"], "--batch: sizes from 1, percentages to 100%"),

@@ -622,6 +622,7 @@ def test_a_mistake_in_the_list_sends_nothing(farm, update):
     ("options", "message"),
     [
         (["--list", "/nonexistent/l"], "/nonexistent/l: No such file or directory"),
+        (["--list="], "'': No such file or directory"),
         (["--write-failed", "/nonexistent/f"], "/nonexistent/f: No such file or directory"),
         (["--secret-file", "/nonexistent/s"], "/nonexistent/s: No such file or directory"),
         (["--cafile", "/nonexistent/c"], "/nonexistent/c: No such file or directory"),

@@ -474,6 +474,12 @@ def test_help_into_a_reader_that_goes_away():
     assert done.stderr == "exit 0\n"
 
 
+def test_a_list_on_a_closed_standard_input():
+    done = run_by_shell('"$@" hanuman <&-', "--list", "-")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "server-update: standard input: no slave in the list\n"
+
+
 @pytest.mark.parametrize("redirect", [">&-", "2>&-", ">&- 2>&-", "2>/dev/full"])
 def test_closed_outputs(farm, tmp_path, redirect):
     slavelist = tmp_path / "slavelist.txt"

@@ -151,10 +151,33 @@ def gc_by_hand(live):
     git(live, "gc", "-q")
 
 
+def become_pipe(path):
+    """A pipe to which nobody writes, so that who opens it waits for ever."""
+    path.unlink()
+    os.mkfifo(str(path))
+
+
+def pipe_as_head(live):
+    become_pipe(live / ".git/HEAD")
+
+
+def pipe_as_ref(live):
+    become_pipe(live / ".git/refs/heads/main")
+
+
+def pipe_as_index_of_a_pack(live):
+    become_pipe(first_pack(live).with_suffix(".idx"))
+
+
+def pipe_as_object(live):
+    (live / ".git/objects/ab").mkdir()
+    os.mkfifo(str(live / ".git/objects/ab" / ("c" * 38)))
+
+
 # How the old clone is damaged, and a part of the reason that is logged for cloning once more.
 # NONE: there is nothing to say. TAKEN: git itself goes on without the old clone, and says so.
 NONE, TAKEN = "none", "taken"
-CHANGED = "changed after it went live: "
+CHANGED, ODD = "changed after it went live: ", "not a file: "
 DAMAGES = {
     corrupt_pack: "",
     truncate_pack: "",
@@ -176,6 +199,10 @@ DAMAGES = {
     become_foreign: CHANGED,
     commit_and_edit: CHANGED,
     gc_by_hand: CHANGED,
+    pipe_as_head: ODD,
+    pipe_as_ref: ODD,
+    pipe_as_index_of_a_pack: ODD,
+    pipe_as_object: ODD,
 }
 
 
