@@ -348,7 +348,7 @@ def test_interrupted_while_it_connects(farm, tmp_path, batches):
     silent, keep = silent_port()
     entries = ["127.78.0.1:%d" % silent, farm.add(updates())]
     run = Run(tmp_path, entries, "--json", "--batch", batches, "--connect-timeout", "60")
-    connecting = ":%04X 02 " % silent  # a SYN is sent
+    connecting = "01004E7F:%04X 02 " % silent  # a SYN to that address is sent
     wait_until(lambda: connecting in Path("/proc/net/tcp").read_text(), 20, what="a SYN")
     if batches == "2":
         run.wait_for('"outcome": "live"')
