@@ -37,9 +37,10 @@ mv "$LIVE" "$DIR/old"; mv "$DIR/new" "$LIVE"; rm -rf "$DIR/old"
 ANSIBLE = """
 exec ansible localhost -m git -a "repo=$URL dest=$LIVE version=main force=yes recursive=no"
 """
+ACTIVATE = 'exec "$ROOT/slave-activate" "${LIVE##*/}"'
 UPDATES = {
-    OURS: 'exec "$ROOT/slave-activate" "${LIVE##*/}"',
-    FIRST: 'exec "$ROOT/slave-activate" "${LIVE##*/}"',  # with nothing there
+    OURS: ACTIVATE,
+    FIRST: ACTIVATE,
     "rm -rf && git clone": 'rm -rf "$LIVE"; exec git clone -q "$URL" "$LIVE"',
     "rm -rf && git clone --depth 1": 'rm -rf "$LIVE"; exec git clone -q --depth 1 "$URL" "$LIVE"',
     "git clone --reference --dissociate": DISSOCIATE,
@@ -58,7 +59,8 @@ GROWTH = [OURS, "rm -rf && git clone", "git pull", LIMIT]
 # what a contestant starts from, where that is not its own first clone
 SETUP = 'git clone -q "$BARE" "$LIVE"; git -C "$LIVE" remote set-url origin "$URL"'
 SETUPS = {
-    OURS: UPDATES[OURS],
+    OURS: ACTIVATE,
+    FIRST: "",  # nothing, also before each of its runs, see prepare
     "fetch, worktree add, symlink (git-sync)": 'git clone -q --bare "$BARE" "$DIR/store"'
     + GIT_SYNC,
 }

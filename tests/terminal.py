@@ -17,32 +17,23 @@ from conftest import PYTHON, ROOT, wait_until
 class Run:
     """One run; .text is what has come so far, .wait() all of it."""
 
-    def __init__(self, tmp_path, entries, *options, columns=None, both=True, env=None, **kwargs):
+    def __init__(self, tmp_path, entries, *options, columns=None, both=True, env=None):
         slavelist = tmp_path / "slavelist.txt"
         slavelist.write_text("".join(entry + "\n" for entry in entries))
-        self.name = [PYTHON, "-I", str(ROOT / "server-update")]
-        command = self.name + ["--list", str(slavelist), *options, "hanuman"]
+        command = [PYTHON, "-I", str(ROOT / "server-update"), "--list", str(slavelist)]
         environ = dict(os.environ, **dict({"TERM": "xterm", "LC_ALL": "C.UTF-8"}, **(env or {})))
-        self.chunks, self.begun = [], time.monotonic()
+        mine, theirs = pty.openpty() if columns else os.pipe()
         if columns:
-            mine, theirs = pty.openpty()
             fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-            out = theirs if both else subprocess.PIPE
-            self.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=out, stderr=theirs, env=environ, **kwargs
-            )
-            os.close(theirs)
-        else:
-            mine, theirs = os.pipe()
-            self.process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=theirs,
-                stderr=subprocess.PIPE,
-                env=environ,
-                **kwargs,
-            )
-            os.close(theirs)
+        self.chunks, self.begun = [], time.monotonic()
+        self.process = subprocess.Popen(
+            [*command, *options, "hanuman"],
+            stdin=subprocess.DEVNULL,
+            stdout=theirs if both else subprocess.PIPE,
+            stderr=theirs if columns else subprocess.PIPE,
+            env=environ,
+        )
+        os.close(theirs)
         self.thread = threading.Thread(target=self._read, args=(mine,), daemon=True)
         self.thread.start()
 

@@ -99,7 +99,7 @@ def shown(tmp_path_factory):
     farm.close()
 
 
-def golden(name, text=""):
+def golden(name, text):
     """The stored transcript; it is written first where the environment says so, and that fails."""
     path = FOLDER / (name + ".txt")
     if os.environ.get("TRANSCRIPTS") == "write":
