@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import signal
 import stat
 import subprocess
 
@@ -63,13 +64,7 @@ class Activate:
 
     def __call__(self, *args, timeout=TIMEOUT_S, **kwargs):
         """Run it to its end."""
-        process = self.start(*args, **kwargs)
-        try:
-            out, err = process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            raise
-        return Result(process.returncode, out or b"", err or b"")
+        return finish(self.start(*args, **kwargs), timeout)
 
     def good(self, *args, **kwargs):
         """Run it; it must end live and leave nothing. (new commit, old commit)."""
@@ -102,6 +97,22 @@ class Activate:
         path.write_text("#!/bin/sh\n" + text, encoding="utf-8")
         path.chmod(mode)
         return path
+
+
+def finish(process, timeout):
+    """What a process that was started in a session of its own ends with: a Result.
+
+    Fails after `timeout` seconds, with a list of what in the session still runs, and kills it.
+    """
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        ps = ["ps", "-ww", "-o", "pid,ppid,stat,wchan:32,args", "--sid", str(process.pid)]
+        running = subprocess.run(ps, stdout=subprocess.PIPE, check=False).stdout.decode()
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+        raise AssertionError("not ended after %s s:\n%s%r" % (timeout, running, err)) from None
+    return Result(process.returncode, out or b"", err or b"")
 
 
 def snapshot(tree):
