@@ -399,6 +399,23 @@ def test_interrupted_with_ten_thousand(farm, tmp_path, options, columns):
         assert (text.count("127.77.") == MANY) == (options == ["-v"])
 
 
+def test_interrupted_while_python_imports_its_library(tmp_path):
+    """An argparse that never ends its import stands in for a slow disk."""
+    begun = tmp_path / "begun"
+    (tmp_path / "argparse.py").write_text(
+        "import time\nopen(%r, 'w').close()\ntime.sleep(60)\n" % str(begun)
+    )
+    process = subprocess.Popen(
+        [PYTHON, str(ROOT / "server-update"), "x"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=dict(os.environ, PYTHONPATH=str(tmp_path)),
+    )
+    wait_until(begun.exists, 10)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=10) + (process.returncode,) == (b"", b"", 130)
+
+
 def test_interrupted_while_the_list_is_read(tmp_path):
     process = subprocess.Popen(
         [PYTHON, "-I", str(ROOT / "server-update"), "--list", "-", "x"],
