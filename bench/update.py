@@ -30,10 +30,6 @@ git -C "$DIR/store" worktree add -q --force --detach "$DIR/tree-$new" "$new"
 ln -s "tree-$new" "$DIR/link"; mv -T "$DIR/link" "$LIVE"
 [ -z "$old" ] || git -C "$DIR/store" worktree remove --force "$DIR/$old"
 """
-DISSOCIATE = """
-git clone -q --reference "$LIVE" --dissociate "$URL" "$DIR/new"
-mv "$LIVE" "$DIR/old"; mv "$DIR/new" "$LIVE"; rm -rf "$DIR/old"
-"""
 ANSIBLE = """
 exec ansible localhost -m git -a "repo=$URL dest=$LIVE version=main force=yes recursive=no"
 """
@@ -43,18 +39,12 @@ UPDATES = {
     FIRST: ACTIVATE,
     "rm -rf && git clone": 'rm -rf "$LIVE"; exec git clone -q "$URL" "$LIVE"',
     "rm -rf && git clone --depth 1": 'rm -rf "$LIVE"; exec git clone -q --depth 1 "$URL" "$LIVE"',
-    "git clone --reference --dissociate": DISSOCIATE,
     "git pull": 'exec git -C "$LIVE" pull -q',
     "fetch, worktree add, symlink (git-sync)": GIT_SYNC,
     "ansible -m git": ANSIBLE,
     LIMIT: 'git ls-remote -q "$URL" HEAD; git -C "$LIVE" checkout-index -a --prefix="$DIR/empty/"',
 }
-ALIKE = [
-    "rm -rf && git clone",
-    "rm -rf && git clone --depth 1",
-    "git clone --reference --dissociate",
-    LIMIT,
-]
+ALIKE = ["rm -rf && git clone", "rm -rf && git clone --depth 1", LIMIT]
 GROWTH = [OURS, "rm -rf && git clone", "git pull", LIMIT]
 # what a contestant starts from, where that is not its own first clone
 SETUP = 'git clone -q "$BARE" "$LIVE"; git -C "$LIVE" remote set-url origin "$URL"'
