@@ -158,6 +158,43 @@ def test_slaves_at_different_commits_are_exit_1(fleet, upstream, update):
     assert (totals["outcomes"], len(totals["commits"]), totals["exit"]) == ({"live": 2}, 2, 1)
 
 
+def test_a_push_in_the_middle_of_a_rollout_is_seen_and_the_printed_commands_mend_it(
+    fleet, upstream, update
+):
+    """The first slave's hook stands in for somebody who pushes between two batches."""
+    repo = upstream.create("hanuman")
+    slaves, before = fleet(), repo.head()
+    assert update(slaves, "hanuman").returncode == 0
+    asked = repo.commit({"page": "asked for"})
+    pushed = repo.commit({"page": "pushed"}, branch="next", parent=asked)
+    hook = slaves[0].hooks / "post-update"
+    hook.write_text("#!/bin/sh\ngit --git-dir='%s' update-ref refs/heads/main %s\n" % (
+        repo.path, pushed))
+    hook.chmod(0o755)
+    done = update(slaves, "--batch", "1", "hanuman")
+    assert done.returncode == 1
+    assert "hanuman: 3 live of 3, " in done.stdout
+    assert "\ncommits: %s on 2, %s on 1\n" % (pushed[:7], asked[:7]) in done.stdout
+    for words, commit in (("to make them equal", pushed), ("to go back", before)):
+        command = re.search("^%s: (.*)$" % words, done.stdout, re.M).group(1)
+        pasted = subprocess.run(["sh", "-c", command], stdout=subprocess.PIPE, timeout=30)
+        assert (pasted.returncode, commit in command) == (0, True), pasted.stdout
+        assert [commit_in(slave) for slave in slaves] == [commit] * SLAVES
+
+
+@pytest.mark.parametrize("kind", ["branch", "tag", "commit"])
+def test_a_ref_goes_live_on_every_slave(fleet, upstream, update, kind):
+    repo = upstream.create("hanuman")
+    wanted = repo.commit({"page": "of the ref"}, branch="feature/one")
+    repo.git("tag", "v1.4", wanted)
+    repo.commit({"page": "newer"})
+    ref = {"branch": "feature/one", "tag": "v1.4", "commit": wanted}[kind]
+    slaves = fleet()
+    done = update(slaves, "--ref", ref, "hanuman")
+    assert (done.returncode, "commits: %s on 3" % wanted[:7] in done.stdout) == (0, True)
+    assert [commit_in(slave) for slave in slaves] == [wanted] * SLAVES
+
+
 def test_many_signals_at_once_are_few_updates_and_the_last_commit(fleet, upstream, tmp_path):
     repo = upstream.create("hanuman")
     slave = fleet(count=1)[0]
