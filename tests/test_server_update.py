@@ -124,7 +124,7 @@ def test_no_reply_to_a_signal(server_update):
 
 
 def test_broken_json_is_no_answer(server_update):
-    broken = reply(server_update, 202, b'{"update": 1', is_json=True)
+    broken = reply(server_update, 202, b'{"update": 1')
     assert server_update.judge_signal(broken, 2, True)[:3] == (
         "unreachable",
         "answered with broken JSON",
