@@ -11,7 +11,7 @@ import sys
 import time
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from signal import SIGCONT, SIGKILL, SIGTERM
+from signal import SIGCONT, SIGINT, SIGKILL, SIGTERM, default_int_handler, signal
 
 sys.dont_write_bytecode = True  # before anything of ours is loaded: no __pycache__ in the checkout
 
@@ -47,7 +47,8 @@ def load(name):
 
 
 def pytest_configure(config):
-    """Forget what would change a run: git's variables, ours, proxies, colours."""
+    """Forget what would change a run: git's variables, ours, proxies, colours; obey SIGINT."""
+    signal(SIGINT, default_int_handler)  # a shell's background job ignores it, and what it starts
     for name in [name for name in os.environ if FORGET.fullmatch(name)]:
         del os.environ[name]
     who = {"NAME": "A U Thor", "EMAIL": "author@example.com"}
