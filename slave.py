@@ -120,6 +120,7 @@ def log(text, *values):
     with contextlib.suppress(OSError):  # nobody reads the log: no reason to stop updating
         os.write(2, line.encode("utf-8", "backslashreplace"))
 
+MAPPED_RE = re.compile(r"(?<![0-9a-f:.])::ffff:(?=[0-9]+\.)", re.I)  # IPv4 as IPv6: RFC 4291
 PATH = "/.*"
 PORT = "[0-9]{1,4}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]"
 parse_words = re.compile(r"[^\s,]+").findall
@@ -133,9 +134,9 @@ SETTINGS = {  # KEY: default, pattern and reader of a value, help
     "TIMEOUT": ("600", "[1-9][0-9]{0,5}", int, "seconds for an update"),
     "SUBMODULES": ("yes", "yes|no", str, "yes or no: clone them"),
     "SECRET_FILE": ("", PATH, str, "shared secret, else %s if it exists" % SECRET_FILE),
-    "ALLOW_FROM": ("", ".+", lambda text: [*map(ipaddress.ip_network, parse_words(
-        text.replace("::ffff:", "")))], "addresses and networks that may ask, else all"),
-    "ALLOW_REPOS": ("", r"[]A-Za-z0-9._*?[!, -]+", parse_words,
+    "ALLOW_FROM": ("", r".*[^\s,].*", lambda text: [*map(ipaddress.ip_network, parse_words(
+        MAPPED_RE.sub("", text)))], "addresses and networks that may ask, else all"),
+    "ALLOW_REPOS": ("", r"(?=.*[^ ,])[]A-Za-z0-9._*?[!, -]+", parse_words,
                     "globs of repositories that may be updated, else all"),
     "TLS_CERT": ("", PATH, str, "certificate chain (PEM): serve https"),
     "TLS_KEY": ("", PATH, str, "its key, where that is not in TLS_CERT"),
@@ -265,10 +266,9 @@ class Journal:
                 os.rename(path, path + ".broken")
 
     def commit(self, repo, method, *args, must_keep=False, **kwargs):
-        """Applies a method of Records; returns the result once it is on disk, OSError if it can't.
+        """Applies a method of Records; the result, once it is on disk, or OSError if it can't be.
 
-        One thread writes, in one go, what all have come with; what `must_keep` holds in any case.
-        """
+        One thread writes, in one go, what all have come with."""
         change = SimpleNamespace(repo=repo, must_keep=must_keep, is_done=False)
         change.apply = lambda records: method(records, *args, **kwargs)
         self.changes.append(change)
@@ -379,7 +379,7 @@ class Guard:
         """Only who knows the secret is told what is wrong with `values`, those of its header."""
         with contextlib.suppress(OSError, ValueError):  # a secret never goes away by accident
             self.secrets = read_secrets(self.path)
-        if not self.secrets:
+        if not self.secrets and not os.path.exists(self.path):  # one that is no good: nobody may
             return
         match = SIGNATURE_RE.fullmatch(values[0]) if len(values) == 1 else None
         when, nonce, mac = match.groups() if match else ("0", "", "")
@@ -616,7 +616,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
             self.answer_front(self.server.served_file)
         else:
             signatures = self.headers.get_all("X-Server-Update-Signature", [])
-            self.server.guard.check_signature(signatures, self.command, target, time.time())
+            self.server.guard.check_signature(signatures, self.command, target, int(time.time()))
             values = parse_query(query)
             if "repo" in values:
                 self.server.guard.check_repo(values["repo"])
@@ -731,7 +731,7 @@ class Server(http.server.ThreadingHTTPServer):
             min(waiting, key=lambda one: waiting[one] or float("inf")).drop()
         if not self.idle.acquire(blocking=False):  # to start a thread costs half an answer
             threading.Thread(target=self.serve_accepted, daemon=True).start()
-        self.accepted.put((request, (client_address[0].replace("::ffff:", ""), client_address[1])))
+        self.accepted.put((request, (MAPPED_RE.sub("", client_address[0]), client_address[1])))
 
     def serve_accepted(self):
         while True:

@@ -218,6 +218,7 @@ def test_the_status_of_a_repository(server_update):
         "failed",
         "update failed no net",
     )
+    assert status(record("running", commit=None))[0][:2] == ("timeout", "update running")
     assert status({"error": "never asked for"}, code=404)[0].outcome == "refused"
     assert status(b"<html>")[0].outcome == "failed"
     for finished in (None, "x", 1e300, float("nan"), -1, True):
@@ -307,7 +308,9 @@ def test_causes_are_folded_with_the_worst_first_and_names_are_limited(server_upd
     assert lines[6] == "250 unreachable: refused"
     assert lines[7].startswith("    web0, web1, ") and lines[7].endswith(", web199, and 50 more")
     many = [result(server_update, "web%d" % n, "failed", message=str(n)) for n in range(1000)]
-    assert len(server_update.format_causes(many)) == 100
+    *lines, last = server_update.format_causes(many)
+    assert len(lines) == 100
+    assert last == "950 more, each for a reason of its own: -v names them"
 
 
 def test_totals_by_outcome_and_by_commit(server_update):
@@ -414,6 +417,8 @@ MISTAKES = [
     (["--batch", "1", "--max-fail", "1,2", "x"], "--max-fail: one number, with --batch"),
     (["--status", "--ref", "v1", "x"], "--status takes no --ref, --batch, --dry-run or --no-wait"),
     (["--status", "--batch", "1"], "--status takes no --ref, --batch, --dry-run or --no-wait"),
+    (["--secret-file=", "x"], "a file option is empty"),
+    (["--write-failed=", "x"], "a file option is empty"),
     (["--nonsense", "x"], "unrecognized arguments: --nonsense"),
     (["x", "y"], "unrecognized arguments: y"),
     (["--stat", "x"], "unrecognized arguments: --stat"),

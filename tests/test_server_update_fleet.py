@@ -112,6 +112,7 @@ def odd_status(request):
     return accepted()
 
 
+CHUNKED = b"HTTP/1.1 202 Accepted\r\nTransfer-Encoding: chunked\r\n\r\n"
 BODY = b'{"repo": "hanuman", "update": 1, "state": "queued", "ref": null}'
 FLEET = [  # kind, outcome, what the message says
     (updates(), "live", ""),
@@ -143,6 +144,8 @@ FLEET = [  # kind, outcome, what the message says
     ),
     (raw(http("202 Accepted", BODY)[:30]), "unreachable", ".*"),
     (raw(http("200 OK", b"x" * BIG_BODY_BYTES, "text/plain")), "signalled", ""),
+    (raw(CHUNKED + b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY)), "(failed|timeout)", ".*"),
+    (raw(CHUNKED + b"-1\r\n" + b"x" * BIG_BODY_BYTES), "unreachable", "does not answer in HTTP"),
     (drip(http("202 Accepted", BODY), 1.0), "unreachable", "connected, but no whole answer.*"),
     (drip(b"x" * 1000, 0.2), "unreachable", "connected, but no whole answer.*"),
     (raw(b"", "stays"), "unreachable", "connected, but no whole answer in time"),
@@ -559,6 +562,38 @@ def test_status_of_all_repositories(farm, update):
         (entry, repo) for entry in entries[:2] for repo in ("hanuman", "b")
     }
     assert {request.path for request in farm.requests} == {"/status"}
+
+
+def test_one_repository_that_failed_counts_for_the_slave(farm, update):
+    repos = {"a": record(repo="a"), "b": record("failed", commit=None, repo="b", message="no")}
+    body = json.dumps({"version": "1", "repos": repos})
+    entry = farm.add(lambda request: at_once(http("200 OK", body)))
+    done = update([entry], "--status", "--json", repo=None)
+    assert [line["outcome"] for line in done.lines[1:-1]] == ["live", "failed"]
+    assert (done.summary["outcomes"], done.returncode) == ({"failed": 1}, 1)
+
+
+def test_status_of_many_repositories_is_read_whole(farm, update):
+    names = ["service-%d" % number for number in range(1000)]
+    body = json.dumps({"version": "1", "repos": {name: record(repo=name) for name in names}})
+    entry = farm.add(lambda request: at_once(http("200 OK", body)))
+    assert len(body) > 300000
+    done = update([entry], "--status", "--json", repo=None)
+    assert ({line["repo"] for line in done.lines[1:-1]}, done.returncode) == (set(names), 0)
+
+
+def test_a_chunk_of_negative_size_is_not_read_for_ever(farm, update):
+    """http.client takes it for all that comes: that would be 200 MB here."""
+    entry = farm.add(raw(CHUNKED + b"-1\r\n" + b"x" * (200 << 20), "stays"))
+    slavelist = "http://%s/" % entry
+    code = (
+        "import os, resource, subprocess, sys\n"
+        "subprocess.run(sys.argv[1:], input=%r, stdout=subprocess.DEVNULL)\n"
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)" % slavelist.encode()
+    )
+    command = [PYTHON, "-I", str(ROOT / "server-update"), "--list=-", "--retries=0", "x"]
+    most = subprocess.check_output([PYTHON, "-c", code, *command], timeout=60)
+    assert farm.requests and int(most) < 80 * 1024
 
 
 def test_status_of_what_was_never_asked_for(farm, update):

@@ -228,6 +228,17 @@ def test_results_in_a_pipe_and_progress_on_the_terminal(farm, tmp_path):
     assert "hanuman  0 of 1  " in run.text and "live  " not in run.text
 
 
+def test_progress_fits_the_terminal_that_it_is_on(farm, tmp_path):
+    """Also where the results go elsewhere; three columns stay free for an echoed '^C'."""
+    run = Run(tmp_path, [farm.add(updates(0.5))], columns=40, both=False)
+    run.process.stdout.read()
+    run.process.stdout.close()
+    run.process.wait(20)
+    run.thread.join(5)
+    drawn = re.split("\r\x1b\\[K", run.text)
+    assert len(drawn) > 2 and max(map(len, drawn)) == 37
+
+
 @pytest.mark.parametrize("locale", ["C", "C.UTF-8", "en_US.ISO-8859-1"])
 def test_any_locale(farm, tmp_path, locale):
     entries = [
@@ -509,7 +520,20 @@ def test_results_that_cannot_be_kept_are_no_success(farm, tmp_path):
     slavelist.write_text(farm.add(updates()))
     command = [PYTHON, "-I", str(ROOT / "server-update"), "--list", str(slavelist), "hanuman"]
     with open("/dev/full", "w") as full:
-        assert subprocess.run(command, stdout=full, timeout=30).returncode == 1
+        for more in ([], ["--dry-run"], ["--no-wait"]):
+            assert subprocess.run(command + more, stdout=full, timeout=30).returncode == 1
+        batch = [*command, "--batch", "1"]  # says something on standard error, which is no result
+        done = subprocess.run(batch, stdout=subprocess.DEVNULL, stderr=full, timeout=30)
+        assert done.returncode == 0
+    read, write = os.pipe()
+    fcntl.fcntl(write, 1031, 4096)  # F_SETPIPE_SZ
+    os.set_blocking(write, False)
+    os.write(write, b"x" * 4096)
+    try:
+        assert subprocess.run(command, stdout=write, timeout=30).returncode == 1
+    finally:
+        os.close(read)
+        os.close(write)
     done = subprocess.run(
         command + ["--write-failed", "/dev/full"],
         stdout=subprocess.PIPE,

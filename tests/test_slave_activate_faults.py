@@ -168,6 +168,50 @@ def test_term_while_upstream_hangs(activate, upstream, http_upstream, shell):
     wait_until(lambda: not [pid for pid in below if is_alive(pid)], timeout=2)
 
 
+def test_term_while_it_waits_for_the_lock(activate, upstream):
+    upstream.create("r")
+    activate.good("r")
+    marker = activate.bin / "in-hook"
+    activate.hook("pre-update", "touch %s; exec sleep 60\n" % marker)
+    first = activate.start("r")
+    wait_until(marker.exists)
+    for shell in ("dash", "busybox ash", "bash"):
+        second = activate.start("r", prefix=shell.split())
+        wait_until(lambda pid=second.pid: "flock" in commands(descendants(pid)))
+        below = descendants(second.pid)
+        second.terminate()
+        result = finish(second, timeout=5)
+        assert (result.status, result.last) == (1, "slave-activate: interrupted"), result
+        wait_until(lambda pids=below: not [pid for pid in pids if is_alive(pid)], timeout=2)
+    os.killpg(first.pid, signal.SIGTERM)
+    assert finish(first, timeout=10).status == 1
+
+
+def commands(pids):
+    """The command lines of processes, as one text."""
+    found = []
+    for pid in pids:
+        try:
+            with open("/proc/%d/cmdline" % pid) as handle:
+                found.append(handle.read())
+        except OSError:
+            pass
+    return "\n".join(found)
+
+
+@pytest.mark.parametrize("shell", ["dash", "busybox ash", "bash"])
+def test_nothing_of_the_callers_is_held_after_its_end(activate, upstream, shell):
+    """Such as the lock of flock(1), in descriptor 3, or a pipe that somebody reads to its end."""
+    upstream.create("r")
+    prefix = ["sh", "-c", 'exec "$@" 3>&1 7>&1', "sh", *shell.split()]
+    with activate.start("r", prefix=prefix, stderr=None) as process:
+        assert process.wait(20) == 0
+        number = process.stdout.fileno()
+        os.set_blocking(number, False)
+        assert os.read(number, 4096).startswith(b"r ")
+        assert os.read(number, 1) == b""  # BlockingIOError, where it is still open elsewhere
+
+
 def test_term_when_git_hangs_by_itself(activate, upstream, http_upstream):
     """git's handler of TERM allocates memory, and now and then waits for ever, as if stopped."""
     upstream.create("r")

@@ -129,3 +129,18 @@ def test_large_files_come_along_and_are_reused(tmp_path, upstream, own_home):
     assert activate.good("r") == (second, first)
     assert (activate.live() / "big.bin").read_bytes() == b"\0large" * 1000
     assert git(activate.live(), "status", "--porcelain") == ""
+
+
+def test_a_submodule_that_is_named_as_a_file_of_gits(upstream, tmp_path):
+    """Its folder in .git/modules is none of those that say from where objects are borrowed."""
+    one = upstream.create("one", {"f": "1"})
+    repo = upstream.create("r", {"f": "1"})
+    text = '[submodule "objects/info/alternates"]\n\tpath = sub\n\turl = ../one.git\n'
+    commit = repo.commit({".gitmodules": text, "sub": ("160000", one.head())})
+    activate = Activate(tmp_path, upstream.base_path)
+    for old in ("-", commit):
+        assert activate.good("r", env=FILE_TRANSPORT) == (commit, old)
+    assert borrowed(activate.live()) == [
+        str(activate.live() / ".git/modules/objects/info/alternates")  # that folder
+    ]
+    assert (activate.live() / "sub/f").read_text() == "1"

@@ -428,6 +428,8 @@ def test_mistakes_elsewhere(tmp_path):
     for environ, options, text in (
         ({"SERVER_UPDATE_PORT": "80x"}, {}, "bad PORT '80x' (set by SERVER_UPDATE_PORT)"),
         ({}, {"--port": "80x"}, "bad PORT '80x' (set by --port)"),
+        ({}, {"--allow-from": ", "}, "bad ALLOW_FROM ',' (set by --allow-from)"),
+        ({}, {"--allow-repos": ", ,"}, "bad ALLOW_REPOS ', ,' (set by --allow-repos)"),
         ({"SERVER_UPDATE_TLS_KEY": "/k"}, {}, "TLS_KEY is set, but TLS_CERT is not"),
     ):
         with pytest.raises(ValueError) as mistake:
@@ -503,12 +505,26 @@ def test_a_secret_never_goes_away_by_accident(tmp_path):
         assert refusal.value.args[0] == 401
 
 
+def test_a_secret_that_comes_later_and_is_no_good_lets_nobody_in(tmp_path):
+    one, path = guard(tmp_path), tmp_path / "secret"
+    one.secrets = []  # as it is where there was no file at the start
+    path.chmod(0o644)
+    with pytest.raises(slave.Refusal) as refusal:
+        one.check_signature([], "GET", "/status", 5000)
+    assert refusal.value.args == (401, "signature missing or wrong")
+    path.unlink()
+    one.check_signature([], "GET", "/status", 5000)
+
+
 def test_allow_from(tmp_path):
     networks = slave.SETTINGS["ALLOW_FROM"][2](
-        "10.0.0.0/8, 192.168.1.7 fe80::/10,::1 ::ffff:172.16.0.1"
+        "10.0.0.0/8, 192.168.1.7 fe80::/10,::1 ::FFFF:172.16.0.1,2001:db8::ffff:1"
     )
     one = guard(tmp_path, ALLOW_FROM=networks)
-    for address in ("10.1.2.3", "192.168.1.7", "::1", "fe80::1%eth0", "172.16.0.1"):
+    assert slave.MAPPED_RE.sub("", "2001:db8::ffff:10.1.2.3") == "2001:db8::ffff:10.1.2.3"
+    assert slave.MAPPED_RE.sub("", "::ffff:10.1.2.3") == "10.1.2.3"
+    inside = ("10.1.2.3", "192.168.1.7", "::1", "fe80::1%eth0", "172.16.0.1", "2001:db8::ffff:1")
+    for address in inside:
         one.check_address(address)
     for address in ("11.0.0.1", "192.168.1.8", "::2", "2001:db8::1"):
         with pytest.raises(slave.Refusal) as refusal:
