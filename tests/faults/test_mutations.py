@@ -73,7 +73,7 @@ MUTATIONS = [
              r"(?s)(def is_repo_name\(text\):\n    \"\"\".*?\"\"\"\n)", r"\1    return True\n",
              scenarios.no_name_reaches_outside_by_http),
     Mutation("no signature is as good as a right one", "slave.py",
-             r"if not self\.secrets:", "if not self.secrets or not values:",
+             r"if not self\.secrets and", "if not values or not self.secrets and",
              scenarios.an_unsigned_signal_is_refused),
     Mutation("the older ref wins", "slave.py",
              r"Record\(repo, update, ref,",
