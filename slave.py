@@ -79,8 +79,7 @@ def is_repo_name(text):
 
 def is_ref(text):
     """Whether `text` can be a branch, tag or commit: see git-check-ref-format(1), one level."""
-    return (0 < len(text) <= MAX_REF_CHARS and text.isprintable()
-            and not REF_BAD_RE.search(text))
+    return 0 < len(text) <= MAX_REF_CHARS and text.isprintable() and not REF_BAD_RE.search(text)
 
 
 def sign(secret, method, target, when, nonce):
@@ -90,10 +89,7 @@ def sign(secret, method, target, when, nonce):
 
 
 def read_secrets(path):
-    """The lines of a secret file, as bytes: the first one signs, any of them verifies.
-
-    Raises ValueError, with the remedy, for a file that is no good, OSError where there is none.
-    """
+    """The lines of a secret file: the first signs, any verifies. Raises ValueError or OSError."""
     with open(path, "rb") as handle:
         mode, lines = os.fstat(handle.fileno()).st_mode, handle.read(65536).splitlines()
     secrets = [line.strip() for line in lines if line.strip()]
