@@ -142,7 +142,9 @@ FLEET = [  # kind, outcome, what the message says
         "unreachable",
         "answered with broken JSON",
     ),
-    (raw(http("202 Accepted", BODY)[:30]), "unreachable", ".*"),
+    (raw(http("202 Accepted", BODY)[:30]), "unreachable", "answer cut short"),
+    (raw(b"HTTP/1.1 200 OK\r\ncontent-LENGTH:9\r\n\r\ncut"), "unreachable", "answer cut short"),
+    (raw(b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 200), "unreachable", "does not answer in HTTP"),
     (raw(http("200 OK", b"x" * BIG_BODY_BYTES, "text/plain")), "signalled", ""),
     (
         raw(CHUNKED + b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY)),
@@ -171,6 +173,7 @@ FLEET = [  # kind, outcome, what the message says
     (silent_status, "timeout", "no outcome within 4 s; connected, but no whole answer in time"),
     (raw(http("200 OK", "updating hanuman\n", "text/plain")), "signalled", ""),
     (raw(b"HTTP/1.0 200 OK\r\n\r\nupdating hanuman"), "signalled", ""),
+    (raw(b"HTTP/1.0 200 OK\n\nupdating hanuman"), "signalled", ""),
 ]
 
 
@@ -285,16 +288,17 @@ def test_local_limits_are_not_the_slaves_fault(farm, update):
 def test_too_few_files_are_waited_for(server_update, monkeypatch, farm, capsys):
     """EMFILE, or no port or thread left, puts the slave back, however few --retries there are."""
     entry, left = farm.add(updates()), [1]
-    connect = socket.create_connection
+    connect = socket.socket.connect
 
-    def short(*args, **kwargs):
+    def short(*args):
         if left and left.pop():
             raise OSError(24, "Too many open files")
-        return connect(*args, **kwargs)
+        return connect(*args)
 
-    monkeypatch.setattr(socket, "create_connection", short)
+    monkeypatch.setattr(socket.socket, "connect", short)
     assert run_in_process(server_update, monkeypatch, [entry], "--json", "--retries", "0") == 0
     assert '"outcome": "live"' in capsys.readouterr().out
+    assert not left
 
 
 def test_no_more_threads_is_no_end(server_update, monkeypatch, farm, capsys):
