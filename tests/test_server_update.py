@@ -1,6 +1,8 @@
 """The pure core of server-update: batches, requests, what replies mean, exit codes, the report."""
 
 import argparse
+import http.client
+import io
 import json
 import re
 
@@ -203,6 +205,28 @@ def test_nonsense_is_asked_about_again_and_then_a_failure(server_update, status,
     step = poll(server_update, status=status, body=body)
     assert step.outcome == "failed"
     assert 0 < step.patience < 10
+
+
+def test_the_header_of_an_answer(server_update):
+    """As http.client asks for it: 3.15 also says how many fields it would have."""
+    stream = io.BytesIO(b"Content-LENGTH: 2\r\ncontent-length:3\r\nA: b:c \r\n\r\n{}")
+    found = server_update.parse_headers(stream, _max_headers=None)
+    assert found == {"content-length": "2", "a": "b:c"}
+    assert stream.read() == b"{}"
+
+
+@pytest.mark.parametrize(
+    ("header", "error"),
+    [
+        (b"", http.client.IncompleteRead),
+        (b"Content-Length: 2\r\n", http.client.IncompleteRead),
+        (b"A: b\r\n" * 101 + b"\r\n", http.client.HTTPException),
+    ],
+)
+def test_a_header_without_an_end(server_update, header, error):
+    with pytest.raises(error) as caught:
+        server_update.parse_headers(io.BytesIO(header))
+    assert caught.type is error
 
 
 def test_the_status_of_a_repository(server_update):
