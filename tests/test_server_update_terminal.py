@@ -182,15 +182,19 @@ def test_ten_thousand_slaves_on_a_terminal(farm, tmp_path):
 
 
 def test_something_is_seen_at_once(farm, tmp_path):
-    run = Run(tmp_path, [farm.add(updates(0.5))], columns=80)
-    run.wait()
-    begun = time.monotonic()
-    subprocess.run(
-        [PYTHON, "-I", str(ROOT / "server-update"), "--version"], stdout=subprocess.DEVNULL
-    )
-    started = time.monotonic() - begun  # what Python and the imports take
-    assert run.chunks[0][0] < started + FIRST_SIGN_S + 0.1
-    assert b"reading the slave list" in run.chunks[0][1]
+    """The quickest of three is compared: anything else may run on the machine meanwhile."""
+    entries, seen, started = [farm.add(updates(0.5))], [], []
+    for _ in range(3):
+        run = Run(tmp_path, entries, columns=80)
+        run.wait()
+        assert b"reading the slave list" in run.chunks[0][1]
+        seen.append(run.chunks[0][0])
+        begun = time.monotonic()
+        subprocess.run(
+            [PYTHON, "-I", str(ROOT / "server-update"), "--version"], stdout=subprocess.DEVNULL
+        )
+        started.append(time.monotonic() - begun)  # what Python and the imports take
+    assert min(seen) < min(started) + FIRST_SIGN_S + 0.1
 
 
 @pytest.mark.parametrize(
