@@ -105,6 +105,11 @@ def silent_status(request):
     return Answer((), "stays") if request.path.startswith("/status") else accepted()
 
 
+def mute(request):
+    """Takes the connection and says nothing."""
+    return Answer((), "stays")
+
+
 def odd_status(request):
     """Takes the signal; its status is JSON of another shape."""
     if request.path.startswith("/status"):
@@ -313,6 +318,69 @@ def test_no_more_threads_is_no_end(server_update, monkeypatch, farm, capsys):
     monkeypatch.setattr(threading.Thread, "start", few)
     code = run_in_process(server_update, monkeypatch, entries, "--json", "--retries", "0")
     assert (code, capsys.readouterr().out.count('"outcome": "live"')) == (0, 20)
+
+
+@pytest.mark.parametrize(("lives", "mutes", "options"), [(1, 3, ["--parallel=1"]), (20, 600, [])])
+def test_mute_slaves_keep_nobody_from_being_asked(farm, update, lives, mutes, options):
+    """Outcomes are asked for before further signals are sent, and have threads of their own."""
+    live = [farm.add(updates()) for _ in range(lives)]
+    silent = [farm.add(mute) for _ in range(mutes)]
+    done = update(live + silent, "--json", "--retries=0", "--timeout=3", *options)
+    assert {done.outcomes[entry] for entry in live} == {"live"}
+    assert {done.outcomes[entry] for entry in silent} == {"unreachable"}
+    assert max(result["seconds"] for result in done.results.values()) < 3 + OVERRUN_S
+
+
+def test_mute_slaves_and_few_threads(server_update, monkeypatch, farm, capsys):
+    """Nothing waits in a queue while its time runs: what is sent has a thread."""
+    mutes = [farm.add(mute) for _ in range(8)]
+    live = [farm.add(updates()) for _ in range(8)]
+    start, most = threading.Thread.start, threading.active_count() + 6
+
+    def few(self):
+        if threading.active_count() >= most:
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    monkeypatch.setattr(threading.Thread, "start", few)
+    entries = [entry for pair in zip(mutes, live) for entry in pair]
+    assert run_in_process(server_update, monkeypatch, entries, "--timeout=3", "--json") == 1
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    outcomes = {line["slave"]: line["outcome"] for line in lines if line["type"] == "result"}
+    assert outcomes == dict(dict.fromkeys(live, "live"), **dict.fromkeys(mutes, "unreachable"))
+    assert set(farm.signals.values()) == {1}
+
+
+def test_without_any_thread_nothing_is_sent(server_update, monkeypatch, farm, capsys):
+    def none(self):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", none)
+    assert run_in_process(server_update, monkeypatch, [farm.add(updates())]) == 2
+    assert capsys.readouterr() == ("", "server-update: can't start a thread here: see ulimit -u\n")
+    assert not farm.signals
+
+
+def test_a_slow_look_up_and_a_mute_slave(server_update, monkeypatch, farm, capsys):
+    """The look-up of a name takes longer than its slave has: it sends no signal any more."""
+    slow, live = farm.add(mute), [farm.add(updates()) for _ in range(4)]
+    lookup = socket.getaddrinfo
+
+    def slowly(host, *args):
+        if host == "slow.example":
+            time.sleep(3)
+            host = slow.partition(":")[0]
+        return lookup(host, *args)
+
+    monkeypatch.setattr(socket, "getaddrinfo", slowly)
+    entries, begun = ["slow.example:%d" % farm.port, *live], time.monotonic()
+    options = ["--timeout=2", "--parallel=1", "--retries=1", "--json"]
+    assert run_in_process(server_update, monkeypatch, entries, *options) == 1
+    assert time.monotonic() - begun < 10
+    assert capsys.readouterr().out.count('"outcome": "live"') == len(live)
+    time.sleep(2)  # until the look-up is over
+    assert not farm.signals[slow.partition(":")[0]]
+    assert not farm.open
 
 
 def run_in_process(server_update, monkeypatch, entries, *options):
