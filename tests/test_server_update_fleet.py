@@ -383,6 +383,26 @@ def test_a_slow_look_up_and_a_mute_slave(server_update, monkeypatch, farm, capsy
     assert not farm.open
 
 
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_threads_share_one_cpu_unless_they_encrypt(scheme, tmp_path):
+    """One that it may use; with https the work outside the interpreter needs all of them."""
+    allowed = os.sched_getaffinity(0)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(5)
+        slavelist = tmp_path / "slavelist.txt"
+        slavelist.write_text("%s://127.0.0.1:%d\n" % (scheme, listener.getsockname()[1]))
+        command = [PYTHON, "-I", str(ROOT / "server-update"), "--list", str(slavelist), "hanuman"]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        listener.settimeout(20)
+        listener.accept()[0].close()
+        cpus = os.sched_getaffinity(process.pid)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 130
+    assert cpus <= allowed
+    assert len(cpus) == (1 if scheme == "http" else len(allowed))
+
+
 def run_in_process(server_update, monkeypatch, entries, *options):
     """main() in this process, with the list on standard input."""
 
@@ -391,9 +411,11 @@ def run_in_process(server_update, monkeypatch, entries, *options):
 
     monkeypatch.setattr("sys.stdin", Input)
     before = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
+    cpus = os.sched_getaffinity(0)
     try:
         return server_update.main(["--list", "-", *options, "hanuman"])
     finally:
+        os.sched_setaffinity(0, cpus)
         for one, handler in zip((signal.SIGINT, signal.SIGTERM), before):
             signal.signal(one, handler)
 
