@@ -331,6 +331,14 @@ def test_mute_slaves_keep_nobody_from_being_asked(farm, update, lives, mutes, op
     assert max(result["seconds"] for result in done.results.values()) < 3 + OVERRUN_S
 
 
+def test_a_short_timeout_is_no_reason_not_to_ask(server_update, monkeypatch, farm, capsys):
+    """So many slaves that each would be asked every 10 s are asked before their time is up."""
+    monkeypatch.setattr(server_update, "POLLS_PER_S", 1)
+    entries, options = [farm.add(updates(0.2)) for _ in range(10)], ["--timeout=4", "--parallel=8"]
+    assert run_in_process(server_update, monkeypatch, entries, *options) == 0
+    assert "hanuman: 10 live of 10" in capsys.readouterr().out
+
+
 def test_mute_slaves_and_few_threads(server_update, monkeypatch, farm, capsys):
     """Nothing waits in a queue while its time runs: what is sent has a thread."""
     mutes = [farm.add(mute) for _ in range(8)]
