@@ -339,6 +339,15 @@ def test_a_short_timeout_is_no_reason_not_to_ask(server_update, monkeypatch, far
     assert "hanuman: 10 live of 10" in capsys.readouterr().out
 
 
+def test_interim_answers_are_passed_over(farm, update):
+    """RFC 9110, 15.2: any number of 1xx may come before the answer."""
+    interim = b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\nHTTP/1.1 102 Processing\r\n\r\n"
+    final = http("202 Accepted", BODY.decode())
+    early, only = farm.add(raw(interim + final)), farm.add(raw(interim))
+    done = update([early, only], "--json", "--no-wait", "--retries=0")
+    assert done.outcomes == {early: "signalled", only: "unreachable"}
+
+
 def test_mute_slaves_and_few_threads(server_update, monkeypatch, farm, capsys):
     """Nothing waits in a queue while its time runs: what is sent has a thread."""
     mutes = [farm.add(mute) for _ in range(8)]
