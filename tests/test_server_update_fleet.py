@@ -331,6 +331,35 @@ def test_mute_slaves_keep_nobody_from_being_asked(farm, update, lives, mutes, op
     assert max(result["seconds"] for result in done.results.values()) < 3 + OVERRUN_S
 
 
+def test_slaves_mute_after_the_signal_keep_nobody_from_being_signalled(farm, update):
+    """Their polls hold threads until --timeout: there are others for signals."""
+
+    def later_mute(request):
+        if request.path.startswith("/status"):
+            return Answer((), "stays")
+        return Answer(((0.5, accepted().parts[0][1]),), "close")
+
+    mutes = [farm.add(later_mute) for _ in range(16)]
+    live = [farm.add(updates()) for _ in range(8)]
+    done = update(mutes + live, "--json", "--parallel=2", "--timeout=12")
+    assert done.summary["outcomes"] == {"live": 8, "timeout": 16}
+    begun = {entry: farm.begun[entry.partition(":")[0]] for entry in mutes + live}
+    assert max(begun.values()) - min(begun.values()) < 11
+
+
+def test_no_more_in_flight_than_parallel_where_some_stall(farm, update):
+    """The place of one that stalled is not given to more than one."""
+
+    def slow(request):
+        return Answer(((1.3, accepted().parts[0][1]),), "close")
+
+    entries = [farm.add(slow) for _ in range(40)]
+    done = update(entries, "--json", "--parallel=4", "--no-wait")
+    assert done.summary["outcomes"] == {"signalled": 40}
+    times = sorted(farm.begun[entry.partition(":")[0]] for entry in entries)
+    assert max(sum(time < other < time + 0.9 for other in times) for time in times) < 4
+
+
 def test_a_short_timeout_is_no_reason_not_to_ask(server_update, monkeypatch, farm, capsys):
     """So many slaves that each would be asked every 10 s are asked before their time is up."""
     monkeypatch.setattr(server_update, "POLLS_PER_S", 1)
