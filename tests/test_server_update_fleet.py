@@ -105,9 +105,11 @@ def silent_status(request):
     return Answer((), "stays") if request.path.startswith("/status") else accepted()
 
 
-def mute(request):
-    """Takes the connection and says nothing."""
-    return Answer((), "stays")
+mute = raw(b"", "stays")  # takes the connection and says nothing
+
+
+def accepted_after(delay_s):
+    return Answer(((delay_s, accepted().parts[0][1]),), "close")
 
 
 def odd_status(request):
@@ -335,9 +337,8 @@ def test_slaves_mute_after_the_signal_keep_nobody_from_being_signalled(farm, upd
     """Their polls hold threads until --timeout: there are others for signals."""
 
     def later_mute(request):
-        if request.path.startswith("/status"):
-            return Answer((), "stays")
-        return Answer(((0.5, accepted().parts[0][1]),), "close")
+        is_poll = request.path.startswith("/status")
+        return silent_status(request) if is_poll else accepted_after(0.5)
 
     mutes = [farm.add(later_mute) for _ in range(16)]
     live = [farm.add(updates()) for _ in range(8)]
@@ -349,11 +350,7 @@ def test_slaves_mute_after_the_signal_keep_nobody_from_being_signalled(farm, upd
 
 def test_no_more_in_flight_than_parallel_where_some_stall(farm, update):
     """The place of one that stalled is not given to more than one."""
-
-    def slow(request):
-        return Answer(((1.3, accepted().parts[0][1]),), "close")
-
-    entries = [farm.add(slow) for _ in range(40)]
+    entries = [farm.add(lambda request: accepted_after(1.3)) for _ in range(40)]
     done = update(entries, "--json", "--parallel=4", "--no-wait")
     assert done.summary["outcomes"] == {"signalled": 40}
     times = sorted(farm.begun[entry.partition(":")[0]] for entry in entries)
