@@ -43,7 +43,8 @@ app.run("127.0.0.1", int(sys.argv[1]), threaded=True)
 class Slave:
     """One contestant: a started daemon, its port and the path of a signal."""
 
-    def __init__(self, who, work):
+    def __init__(self, who, work, product=measure.PRODUCT):
+        self.product = product
         self.folder = os.path.join(work, re.sub(r"\W", "", who))
         os.makedirs(self.folder, exist_ok=True)
         self.port, self.path = sshd.free_port(), "/?repo=hanuman"
@@ -59,7 +60,7 @@ class Slave:
         self.wait_until_up()
 
     def ours(self):
-        program = os.path.join(measure.PRODUCT, "slave.py")
+        program = os.path.join(self.product, "slave.py")
         return [sys.executable, "-I", program, "--port", str(self.port)]
 
     def flask(self):

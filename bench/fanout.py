@@ -52,9 +52,9 @@ class Fleet:
             handle.writelines(line + "\n" for line in lines)
         return path
 
-    def commands(self, follow=False, connect_s=CONNECT_S):
+    def commands(self, follow=False, connect_s=CONNECT_S, product=measure.PRODUCT):
         """Who takes part: the command, and what a result looks like in its output."""
-        program = os.path.join(measure.PRODUCT, "server-update")
+        program = os.path.join(product, "server-update")
         ours = [sys.executable, program, "--list", self.list]
         ours += ["--json", "--retries", "0", "--connect-timeout", str(connect_s), "hanuman"]
         found = {OURS: (ours if follow else [*ours, "--no-wait"], b'"result"')}

@@ -68,9 +68,11 @@ ALIKE_NOTE = (
 class Contest:
     """The contestants' folders for one upstream repository."""
 
-    def __init__(self, args, server, kind):
+    def __init__(self, args, server, kind, products=None):
+        """products: where a contestant's own version of our scripts is (measure.PRODUCT)."""
         self.work, self.server, self.kind = args.work, server, kind
         self.rounds = 1 if args.quick else ROUNDS
+        self.products = products or {}
         self.bare = os.path.join(args.work, "upstream", kind + ".git")
         self.url = f"{server.url}/{kind}.git"
 
@@ -88,7 +90,7 @@ class Contest:
             URL=self.url,
             LIVE=self.live(who),
             DIR=self.folder(who),
-            ROOT=measure.PRODUCT,
+            ROOT=self.products.get(who, measure.PRODUCT),
             BARE=self.bare,
             GIT_CONFIG_NOSYSTEM="1",
             SERVER_UPDATE_BASE_URL=self.server.url,

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from xml.etree import ElementTree
@@ -132,3 +133,64 @@ def test_no_results_are_a_mistake(tmp_path):
     done = run(sys.executable, REPORT, "--results", str(tmp_path))
     assert done.returncode == 1
     assert done.stdout == "report.py: no results in %s\n" % tmp_path
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A checkout with one commit: the scripts and the benchmark as they are now."""
+    root = tmp_path / "checkout"
+    shutil.copytree(str(ROOT / "bench"), str(root / "bench"))
+    for script in ("server-update", "slave.py", "slave-activate"):
+        shutil.copy(str(ROOT / script), str(root / script))
+    git("init", "-q", str(root))
+    git("-C", str(root), "add", ".")
+    git("-C", str(root), "commit", "-q", "-m", "as it is")
+    return root
+
+
+def git(*args):
+    who = ("-c", "user.name=somebody", "-c", "user.email=somebody@localhost")
+    done = run("git", *who, *args)
+    assert done.returncode == 0, done.stdout
+    return done.stdout.strip()
+
+
+def against(checkout, *args):
+    work = str(checkout.parent / "bench")
+    return run("sh", str(checkout / "bench" / "against"), *args, BENCH_DIR=work)
+
+
+def test_two_versions_are_compared_row_by_row(checkout):
+    slow = "#!/bin/sh\nsleep 0.5\nexec '%s' \"$@\"\n" % (ROOT / "slave-activate")
+    (checkout / "slave-activate").write_text(slow, encoding="utf-8")
+    done = against(checkout, "HEAD", "--quick")
+    assert done.returncode == 0, done.stdout
+    head = git("-C", str(checkout), "rev-parse", "--short", "HEAD")
+    assert "ratio: this checkout divided by %s, the median of 2 pairs" % head in done.stdout
+    found = {line[:34].strip(): line[34:].split() for line in done.stdout.splitlines()
+             if line[34:].split()[:1] in (["time"], ["signals"])}
+    assert list(found) == ["smoke: one small commit", "smoke: unchanged",
+                           "10 slaves signalled", "signals on 16 connections"]
+    _, _, _, new, _, ratio, low, _, high = found["smoke: one small commit"]
+    assert float(new.replace(",", "")) > 500
+    assert 1.0 < float(low) <= float(ratio) <= float(high)
+    assert os.listdir(str(checkout.parent / "bench")) == ["upstream"]
+
+
+@pytest.mark.parametrize("args, message", [
+    (["nope", "--quick"], "against: no commit 'nope' in "),
+    (["HEAD", "nope"], "against: error: unknown row 'nope': it is one of tiny, middle, "),
+    (["HEAD", "--pairs", "0"], "against: error: --pairs takes a number of at least 1"),
+])
+def test_a_comparison_that_cannot_be_made_is_a_mistake(checkout, args, message):
+    done = against(checkout, *args)
+    assert done.returncode == 2
+    assert message in done.stdout
+    assert "Traceback" not in done.stdout
+
+
+def test_the_interval_is_that_of_order_statistics():
+    """Of n pairs the places of the bounds: tables of the sign test have them so (n = 6 .. 40)."""
+    program = "import against; print([against.places(n) for n in (1, 2, 5, 6, 9, 11, 20, 40)])"
+    done = run(sys.executable, "-c", program, PYTHONPATH=str(ROOT / "bench"))
+    assert done.stdout.strip() == "[0, 0, 0, 0, 1, 1, 5, 13]"
