@@ -18,77 +18,462 @@
 # DESTDIR=FOLDER in the environment all goes below FOLDER, and no service is touched.
 # Exit status: 0 done, or nothing to do; 1 failed; 2 usage or a bad setting, nothing was touched.
 set -euf
-unset CDPATH; umask 022; export COLUMNS=80 NO_COLOR=1 # for --help
+unset CDPATH
+umask 022
+export COLUMNS=80 NO_COLOR=1 # for --help, which becomes the man pages
+DESTDIR=${DESTDIR-}
 SERVICE=server-update-slave
-PENDING=/run/$SERVICE.restart # there from before the slave changes until it has been restarted
-role='' slaves='' given='' prefix='' user='' repos='' base_url='' port='' serve=''
-no_start='' new_secret='' dry_run='' changed='' restart=''
+# There from before the slave's files change until it has been restarted.
+PENDING=/run/$SERVICE.restart
+SYSTEM_PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 
-say() { printf '%s\n' "$*"; }
-die() { status=$1; shift; say "install.sh: $*" >&2; exit "$status"; }
+# What the command line says.
+role=''
+slaves=''
+given=''
+prefix=''
+user=''
+repos=''
+base_url=''
+port=''
+serve=''
+no_start=''
+new_secret=''
+dry_run=''
 
-act() { # DO DONE WHAT COMMAND...: run it (without the lock) and say so; a dry run only says so
-  do=$1 done=$2 what=$3 changed=yes; shift 3
-  if [ -n "$dry_run" ]; then say "would $do $what"; return; fi
-  why=$("$@" 2>&1 9>&-) || die 1 "cannot $do $what: $(say "$why" | sed -n '$s/.*: //;$p')"
-  say "$done $what"
+# What a run has done: something at all, something that slave.py has to be restarted for.
+changed=''
+restart=''
+
+say() {
+  printf '%s\n' "$*"
 }
 
-put() { # MODE FILE TEXT [restart]: have FILE hold TEXT, unless it does already
-  if [ -n "$(find "$2" -prune -type f -perm "$1" 2>/dev/null)" ] && say "$3" | cmp -s - "$2"; then
-    [ -n "$dry_run" ] || rm -f "$2.new"
+die() { # STATUS MESSAGE
+  status=$1
+  shift
+  say "install.sh: $*" >&2
+  exit "$status"
+}
+
+# --- the command line ---
+
+print_help() {
+  sed -n '2,/^set/s/^# \{0,1\}//p' "$0"
+}
+
+parse_args() {
+  while [ $# -gt 0 ]; do
+    # --port=80 is --port 80
+    case $1 in
+      --*=*)
+        option=${1%%=*}
+        value=${1#*=}
+        shift
+        set -- "$option" "$value" "$@"
+        ;;
+    esac
+    case $1 in
+      -h | --help)
+        print_help
+        exit 0
+        ;;
+      --prefix | --user | --repos | --base-url | --port | --serve)
+        if [ $# -eq 1 ]; then
+          die 2 "$1 needs a value"
+        fi
+        take_option "$1" "$2"
+        shift
+        ;;
+      --no-start | --new-secret | --dry-run)
+        take_option "$1" yes
+        ;;
+      -*)
+        die 2 "unknown option '$1': see ./install.sh --help"
+        ;;
+      *)
+        take_word "$1"
+        ;;
+    esac
+    shift
+  done
+}
+
+take_option() { # OPTION VALUE
+  given="$given $1"
+  case $1 in
+    --prefix) prefix=$2 ;;
+    --user) user=$2 ;;
+    --repos) repos=$2 ;;
+    --base-url) base_url=$2 ;;
+    --port) port=$2 ;;
+    --serve) serve=$2 ;;
+    --no-start) no_start=$2 ;;
+    --new-secret) new_secret=$2 ;;
+    --dry-run) dry_run=$2 ;;
+  esac
+}
+
+take_word() { # WORD: the first is the role, all others are slaves
+  if [ -z "$role" ]; then
+    role=$1
+  else
+    slaves="$slaves $1"
+  fi
+}
+
+is_given() { # OPTION
+  case "$given " in
+    *" $1 "*) return 0 ;;
+  esac
+  return 1
+}
+
+check_usage() {
+  case $role in
+    master)
+      allow_options --prefix --user --new-secret --dry-run
+      ;;
+    slave)
+      allow_options --prefix --user --repos --base-url --port --serve \
+        --no-start --dry-run
+      ;;
+    uninstall)
+      allow_options --prefix --dry-run
+      ;;
+    *)
+      die 2 "unknown role '$role': it is master, slave or uninstall;" \
+        "see ./install.sh --help"
+      ;;
+  esac
+  if [ "$role" != master ] && [ -n "$slaves" ]; then
+    die 2 "$role takes no '${slaves# }'"
+  fi
+  check_path "$prefix"
+  check_path "$serve"
+}
+
+allow_options() { # OPTION...: those that the role takes
+  for option in $given; do
+    case " $* " in
+      *" $option "*) ;;
+      *) die 2 "not for $role: $option" ;;
+    esac
+  done
+}
+
+check_path() { # PATH: it goes between quotes into units and into commands for people
+  case $1 in
+    *[\"\'\`\\\$%]* | *[[:cntrl:]]* | [!/]*)
+      die 2 "--prefix and --serve take absolute paths without quotes, \\, \$ and %"
+      ;;
+  esac
+}
+
+# --- what is there ---
+
+find_places() {
+  here=$(cd "$(dirname "$0")" && pwd)
+  is_private=''
+  if [ "$(id -u)" -ne 0 ] && [ -z "$DESTDIR" ]; then
+    is_private=yes
+    if [ -z "$prefix" ]; then
+      die 1 "not root: use sudo, or --prefix \"\$HOME/.local\""
+    fi
+  fi
+  prefix=${prefix:-/usr/local}
+  prefix=${prefix%/}
+  bin=$DESTDIR$prefix/bin
+  share=$DESTDIR$prefix/share
+  link=$DESTDIR/bin/slave-activate
+  path=$prefix/bin:$SYSTEM_PATH
+  find_settings
+  find_manager
+}
+
+# Who is not root has settings of his own, which commands have to be told of.
+find_settings() {
+  etc=$DESTDIR/etc/server-update
+  if [ -n "$is_private" ]; then
+    etc=$prefix/etc/server-update
+  fi
+  conf=$etc/slave.conf
+  list=$etc/slavelist.txt
+  secret=$etc/secret
+  with_list=''
+  with_conf=''
+  if [ -n "$is_private" ]; then
+    with_list=" --list '$list'"
+    with_conf="SERVER_UPDATE_CONF='$conf' "
+  fi
+}
+
+# manager is systemd, openrc or none; services is set where it may be told to do things.
+find_manager() {
+  manager=none
+  unit=''
+  log=''
+  services=''
+  if [ -n "$is_private" ]; then
     return
   fi
-  [ ! -d "$2" ] || die 1 "$2 is a folder, and should be a file: move it away first"
-  restart=$restart${4-}
-  [ -z "${4-}" ] || [ -z "$services" ] || [ -n "$dry_run" ] || touch "$PENDING"
-  if [ -e "$2" ]; then set -- replace replaced "$@"; else set -- write wrote "$@"; fi
-  act "$1" "$2" "$4" rename_over "$3" "$4" "$5"
+  if has_openrc; then
+    manager=openrc
+    unit=$DESTDIR/etc/init.d/$SERVICE
+    log=/var/log/$SERVICE.log
+  elif [ -n "$DESTDIR" ] || [ -d /run/systemd/system ]; then
+    manager=systemd
+    unit=$DESTDIR/etc/systemd/system/$SERVICE.service
+    log="journalctl -u $SERVICE"
+  fi
+  if [ -z "$DESTDIR" ]; then
+    services=$unit
+  fi
 }
 
-rename_over() { # MODE FILE TEXT: nobody ever sees half of it
-  mkdir -p "${2%/*}" && (umask 077; say "$3" | cat >"$2.new") && chmod "$1" "$2.new" &&
-    mv -f "$2.new" "$2" && return
-  rm -f "$2.new" 2>/dev/null; return 1
+has_openrc() { # and it isn't systemd that runs this machine
+  [ -e "$DESTDIR/sbin/openrc-run" ] && [ ! -d "$DESTDIR/run/systemd/system" ]
 }
 
-lack() { # FILE LINE: settings are kept as they are; say what is not in them
-  [ ! -e "$1" ] || grep -Fqx -e "$2" "$1" ||
-    say "kept $1, which has no line '$2': add it if you want it"
+check_needs() {
+  case $role in
+    master)
+      need_tools python3
+      need_files server-update slavelist.txt
+      ;;
+    slave)
+      need_tools python3 git
+      need_files slave.py slave-activate
+      ;;
+    uninstall)
+      need_tools python3
+      need_files slave.py
+      ;;
+  esac
+  check_python
 }
 
-# slave.py alone reads, checks and explains settings: REPOS_DIR and PORT as slave.conf has them or,
-# where there is none, as the options say; then a new slave.conf.
-ask_slave() {
-  HOME=$home SERVER_UPDATE_BASE_URL=$base_url SERVER_UPDATE_REPOS_DIR=$repos \
-    SERVER_UPDATE_PORT=$port python3 -I -B -c '
+need_tools() { # TOOL...
+  for tool; do
+    if ! command -v "$tool" >/dev/null; then
+      die 1 "no $tool: install it first"
+    fi
+  done
+}
+
+need_files() { # FILE...
+  for file; do
+    if [ ! -r "$here/$file" ]; then
+      die 1 "no $file beside install.sh"
+    fi
+  done
+}
+
+check_python() { # new enough, and not one of those that come in parts
+  if ! why=$(python3 -c '
+import sys
+version = sys.version_info[:2]
+if version < (3, 7):
+    sys.exit("python3 is %d.%d here, and must be 3.7 or newer" % version)
+import ctypes, http.server, ssl
+' 2>&1); then
+    die 1 "$(say "$why" | tail -n 1)"
+  fi
+}
+
+# An upgrade keeps who runs the slave, and what it serves.
+find_user() {
+  unit_before=$(cat "$unit" 2>/dev/null) || :
+  if [ -n "$is_private" ]; then
+    user=$(id -un)
+  fi
+  user=${user:-$(user_before)}
+  user=${user:-${SUDO_USER:-root}}
+  case $user in
+    *[!A-Za-z0-9._-]* | -*)
+      die 2 "bad user name '$user'"
+      ;;
+  esac
+  if [ -z "$DESTDIR" ] && ! id "$user" >/dev/null 2>&1; then
+    die 2 "there is no user '$user' here"
+  fi
+  find_home
+  find_served
+}
+
+user_before() {
+  say "$unit_before" | sed -n 's/^User=//p; s/^command_user="\(.*\)"$/\1/p'
+}
+
+serve_before() {
+  say "$unit_before" |
+    sed -n "s/^ExecStart=.* '\(.*\)'\$/\1/p; s/^command_args=\" '\(.*\)'\"\$/\1/p"
+}
+
+find_home() {
+  home=$HOME
+  if [ -z "$is_private$DESTDIR" ]; then
+    home=$(python3 -c '
 import os, sys
-sys.path.insert(0, sys.argv[1])
+print(os.path.expanduser("~" + sys.argv[1]))
+' "$user")
+  fi
+}
+
+find_served() { # served is what follows slave.py in a command
+  if ! is_given --serve; then
+    serve=$(serve_before)
+  fi
+  served=''
+  if [ -n "$serve" ]; then
+    served=" '$serve'"
+  fi
+}
+
+# slave.py alone reads, checks and explains settings. Printed are REPOS_DIR and PORT, as
+# slave.conf has them or, where there is none, as the options say; then a new slave.conf.
+ask_slave() {
+  HOME=$home \
+    SERVER_UPDATE_BASE_URL=$base_url \
+    SERVER_UPDATE_REPOS_DIR=$repos \
+    SERVER_UPDATE_PORT=$port \
+    python3 -I -B -c '
+import os, sys
+
+here, conf = sys.argv[1:]
+sys.path.insert(0, here)
 import slave
-conf, asked = {"SERVER_UPDATE_CONF": sys.argv[2]}, dict(os.environ, SERVER_UPDATE_CONF="/dev/null")
+
+asked = dict(os.environ, SERVER_UPDATE_CONF="/dev/null")
+environ = {"SERVER_UPDATE_CONF": conf} if os.path.exists(conf) else asked
 try:
-    now = slave.read_settings(conf if os.path.exists(sys.argv[2]) else asked, {})
+    now = slave.read_settings(environ, {})
 except (OSError, ValueError) as mistake:
     sys.exit("install.sh: %s" % mistake.args[0].split(" (set by")[0])
 print(now["REPOS_DIR"], now["PORT"], sep="\n")
 print("# A line with # shows what holds without it. To change that, remove the # and restart.")
-for key, (default, *_, meaning) in slave.SETTINGS.items():
+for key, setting in slave.SETTINGS.items():
+    default, meaning = setting[0], setting[-1]
     value = asked.get("SERVER_UPDATE_" + key)
     print("\n# %s\n%s%s=%s" % (meaning, "" if value else "#", key, value or default))
 ' "$here" "$conf" || exit 2
 }
 
-install_script() { # NAME INTERPRETER SECTION WHAT [restart]: and its --help as a man page
-  put 755 "$bin/$1" "$(cat "$here/$1")" "${5-}"
-  put 644 "$share/man/man$3/$1.$3" "$(
-    printf '%s\n' '.\" by server-update' ".TH $1 $3" '.SH NAME' "$1 \\- $4" '.SH DESCRIPTION' .nf
-    "$2" "$here/$1" --help | sed 's/\\/\\e/g; s/-/\\-/g; s/^[.'\'']/\\\&&/'
-  )"
+# --- changes: each is told, and each is left out of a dry run ---
+
+act() { # DO DONE WHAT COMMAND...
+  do=$1
+  done=$2
+  what=$3
+  shift 3
+  changed=yes
+  if [ -n "$dry_run" ]; then
+    say "would $do $what"
+    return
+  fi
+  # 9 is the lock of this run; what a command starts must not hold it.
+  if ! why=$("$@" 2>&1 9>&-); then
+    die 1 "cannot $do $what: $(last_reason "$why")"
+  fi
+  say "$done $what"
 }
 
-completion() { # for bash: options, and the names that end a command in the shell's history
+last_reason() { # OUTPUT: 'cat: /x: Permission denied' is 'Permission denied'
+  say "$1" | sed -n '$s/.*: //;$p'
+}
+
+put() { # MODE FILE TEXT [restart]: have FILE hold TEXT, unless it does already
+  if holds "$1" "$2" "$3"; then
+    drop_half_written "$2"
+    return
+  fi
+  if [ -d "$2" ]; then
+    die 1 "$2 is a folder, and should be a file: move it away first"
+  fi
+  if [ -n "${4-}" ]; then
+    remember_restart
+  fi
+  if [ -e "$2" ]; then
+    act replace replaced "$2" rename_over "$1" "$2" "$3"
+  else
+    act write wrote "$2" rename_over "$1" "$2" "$3"
+  fi
+}
+
+holds() { # MODE FILE TEXT
+  if [ -z "$(find "$2" -prune -type f -perm "$1" 2>/dev/null)" ]; then
+    return 1
+  fi
+  say "$3" | cmp -s - "$2"
+}
+
+# shellcheck disable=SC2317 # act calls it
+rename_over() { # MODE FILE TEXT: nobody ever sees half of it
+  if write_beside "$1" "$2.new" "$3" && mv -f "$2.new" "$2"; then
+    return
+  fi
+  rm -f "$2.new" 2>/dev/null
+  return 1
+}
+
+# Nobody but its owner may read it before it has its mode: it may be a secret.
+# shellcheck disable=SC2317 # as above
+write_beside() ( # MODE FILE TEXT
+  mkdir -p "${2%/*}" || exit
+  umask 077
+  # cat, as not every shell says why its own printf could not write
+  say "$3" | cat >"$2" || exit
+  chmod "$1" "$2"
+)
+
+drop_half_written() { # FILE: a run that was killed may have left it
+  if [ -z "$dry_run" ]; then
+    rm -f "$1.new"
+  fi
+}
+
+remember_restart() {
+  restart=yes
+  if [ -n "$services" ] && [ -z "$dry_run" ]; then
+    touch "$PENDING"
+  fi
+}
+
+tell_missing_line() { # FILE LINE: settings are kept as they are
+  if [ -e "$1" ] && ! grep -Fqx -e "$2" "$1"; then
+    say "kept $1, which has no line '$2': add it if you want it"
+  fi
+}
+
+# --- scripts, their man pages, completion ---
+
+install_script() { # NAME INTERPRETER SECTION WHAT [restart]
+  put 755 "$bin/$1" "$(cat "$here/$1")" "${5-}"
+  put 644 "$share/man/man$3/$1.$3" "$(man_page "$@")"
+}
+
+man_page() { # NAME INTERPRETER SECTION WHAT: the script's --help as a page of the manual
+  printf '%s\n' \
+    '.\" by server-update' \
+    ".TH $1 $3" \
+    '.SH NAME' \
+    "$1 \\- $4" \
+    '.SH DESCRIPTION' \
+    .nf
+  # A backslash, a hyphen, and a dot or a quote that begins a line mean something to man.
+  "$2" "$here/$1" --help |
+    sed 's/\\/\\e/g; s/-/\\-/g; s/^[.'\'']/\\\&&/'
+}
+
+install_completion() {
+  if [ -d "$share/bash-completion" ] || [ -d "$DESTDIR/usr/share/bash-completion" ]; then
+    put 644 "$share/bash-completion/completions/server-update" "$(completion)"
+  fi
+}
+
+# For bash: options, and the names that end a command in the shell's history.
+completion() {
   help=$(python3 "$here/server-update" --help)
-  options() { say "$help" | sed -n "s/^  *\(-., \)*\(--[a-z-]*\)$1.*/\2/p" | tr '\n' ' '; }
   cat <<END
 _server_update() {
   local word=\${COMP_WORDS[COMP_CWORD]} words='$(options '')' values=' $(options ' [A-Z]')'
@@ -100,6 +485,14 @@ _server_update() {
 complete -o default -F _server_update server-update
 END
 }
+
+options() { # PATTERN: the long options in \$help that PATTERN follows
+  say "$help" |
+    sed -n "s/^  *\(-., \)*\(--[a-z-]*\)$1.*/\2/p" |
+    tr '\n' ' '
+}
+
+# --- the service ---
 
 systemd_unit() {
   cat <<END
@@ -118,11 +511,33 @@ RestartSec=5
 RestartPreventExitStatus=2
 KillMode=mixed
 TimeoutStopSec=20
+$(systemd_restrictions)
+[Install]
+WantedBy=multi-user.target
+END
+}
+
+systemd_restrictions() {
+  no_new_privileges=yes
+  if [ "$user" = root ]; then
+    no_new_privileges=no
+  fi
+  cat <<END
 # Closed: sudo in hooks (root's have no need of it), devices, kernel settings, unusual system calls
-NoNewPrivileges=$(if [ "$user" = root ]; then echo no; else echo yes; fi)
-$(printf '%s=yes\n' PrivateDevices PrivateTmp ProtectClock ProtectControlGroups \
-  ProtectHostname ProtectKernelLogs ProtectKernelModules ProtectKernelTunables LockPersonality \
-  RemoveIPC RestrictNamespaces RestrictRealtime RestrictSUIDSGID)
+NoNewPrivileges=$no_new_privileges
+PrivateDevices=yes
+PrivateTmp=yes
+ProtectClock=yes
+ProtectControlGroups=yes
+ProtectHostname=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
+LockPersonality=yes
+RemoveIPC=yes
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
 SystemCallArchitectures=native
 SystemCallFilter=@system-service
 SystemCallErrorNumber=EPERM
@@ -138,8 +553,6 @@ AmbientCapabilities=CAP_NET_BIND_SERVICE
 UMask=0022
 # Open: hooks run node and java, which compile into memory
 MemoryDenyWriteExecute=no
-[Install]
-WantedBy=multi-user.target
 END
 }
 
@@ -161,178 +574,250 @@ start_pre() { checkpath --file --owner "\$command_user" --mode 0640 "\$error_log
 END
 }
 
-find_manager() { # systemd, openrc or none; services is set where it may be told to do things
-  manager=none unit='' log='' services=''
-  [ -z "$private" ] || return 0
-  if [ -e "$DESTDIR/sbin/openrc-run" ] && [ ! -d "$DESTDIR/run/systemd/system" ]; then
-    manager=openrc unit=$DESTDIR/etc/init.d/$SERVICE log=/var/log/$SERVICE.log
-  elif [ -n "$DESTDIR" ] || [ -d /run/systemd/system ]; then
-    manager=systemd unit=$DESTDIR/etc/systemd/system/$SERVICE.service log="journalctl -u $SERVICE"
-  fi
-  [ -n "$DESTDIR" ] || services=$unit
+write_unit() {
+  case $manager in
+    systemd) put 644 "$unit" "$(systemd_unit)" restart ;;
+    openrc) put 755 "$unit" "$(openrc_script)" restart ;;
+  esac
 }
 
-service() { # is-enabled, is-active, enable, disable, start, stop, restart
+service() { # is-enabled, is-active, enable, disable, start, stop or restart
   case $manager:$1 in
-    systemd:*) systemctl -q "$1" $SERVICE ;;
-    openrc:is-enabled) [ -e /etc/runlevels/default/$SERVICE ] ;;
-    openrc:is-active) rc-service -q $SERVICE status >/dev/null ;;
-    openrc:enable) rc-update -q add $SERVICE default ;;
-    openrc:disable) rc-update -q delete $SERVICE default ;;
-    openrc:*) rc-service -q $SERVICE "$1" ;;
+    systemd:*)
+      systemctl -q "$1" $SERVICE
+      ;;
+    openrc:is-enabled)
+      [ -e /etc/runlevels/default/$SERVICE ]
+      ;;
+    openrc:is-active)
+      rc-service -q $SERVICE status >/dev/null
+      ;;
+    openrc:enable)
+      rc-update -q add $SERVICE default
+      ;;
+    openrc:disable)
+      rc-update -q delete $SERVICE default
+      ;;
+    openrc:*)
+      rc-service -q $SERVICE "$1"
+      ;;
   esac
 }
 
 start_service() {
-  service is-enabled || act enable enabled "the service $SERVICE" service enable
-  [ ! -e "$PENDING" ] || restart=yes
-  [ -z "$restart" ] || [ $manager != systemd ] || act reload reloaded units systemctl daemon-reload
-  verb=restart
-  if ! service is-active; then verb=start; elif [ -z "$restart" ]; then return 0; fi
-  act $verb ${verb}ed "the service $SERVICE" service $verb
-  [ -z "$dry_run" ] || return 0
+  if ! service is-enabled; then
+    act enable enabled "the service $SERVICE" service enable
+  fi
+  # A run before this one may have ended between a change and the restart.
+  if [ -e "$PENDING" ]; then
+    restart=yes
+  fi
+  if [ -n "$restart" ] && [ $manager = systemd ]; then
+    act reload reloaded units systemctl daemon-reload
+  fi
+  if ! service is-active; then
+    act start started "the service $SERVICE" service start
+  elif [ -n "$restart" ]; then
+    act restart restarted "the service $SERVICE" service restart
+  else
+    return 0
+  fi
+  if [ -z "$dry_run" ]; then
+    see_it_stay_up
+  fi
+}
+
+see_it_stay_up() {
   sleep 2 # one that can't start has failed by then
-  service is-active || die 1 "slave.py does not stay up: see $log"
+  if ! service is-active; then
+    die 1 "slave.py does not stay up: see $log"
+  fi
   rm -f "$PENDING"
 }
 
-parse_args() {
-  while [ $# -gt 0 ]; do
-    case $1 in --*=*) option=${1%%=*} value=${1#*=}; shift; set -- "$option" "$value" "$@" ;; esac
-    case $1 in
-      -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' "$0"; exit 0 ;;
-      --prefix | --user | --repos | --base-url | --port | --serve)
-        [ $# -gt 1 ] || die 2 "$1 needs a value"
-        eval "$(say "${1#--}" | tr - _)=\$2" given="'$given $1'"; shift ;;
-      --no-start | --new-secret | --dry-run)
-        eval "$(say "${1#--}" | tr - _)=yes" given="'$given $1'" ;;
-      -*) die 2 "unknown option '$1': see ./install.sh --help" ;;
-      *) if [ -z "$role" ]; then role=$1; else slaves="$slaves $1"; fi ;;
-    esac
-    shift
+stop_service() {
+  if service is-active; then
+    act stop stopped $SERVICE service stop
+  fi
+  if service is-enabled; then
+    act disable disabled $SERVICE service disable
+  fi
+}
+
+# --- a master ---
+
+install_master() {
+  check_lists
+  install_script server-update python3 1 'have all slaves update a repository'
+  install_completion
+  if [ ! -e "$list" ]; then
+    put 644 "$list" "$(cat "$here/slavelist.txt" && print_slaves)"
+  fi
+  for slave in $slaves; do
+    tell_missing_line "$list" "$slave"
+  done
+  if [ -n "$new_secret" ]; then
+    make_secret
+  fi
+  say_how_to_update
+}
+
+print_slaves() {
+  for slave in $slaves; do
+    say "$slave"
   done
 }
 
-check_usage() {
-  case "$role:$given " in
-    slave:*--new-secret* | master:*--[rbs]* | master:*--port* | master:*--no-start* | \
-      uninstall:*--[!pd]*) die 2 "not for $role:$given" ;;
-    master:*) tools=python3 files='server-update slavelist.txt' ;;
-    slave:*) tools='python3 git' files='slave.py slave-activate' ;;
-    uninstall:*) tools=python3 files=slave.py ;;
-    *) die 2 "unknown role '$role': it is master, slave or uninstall; see ./install.sh --help" ;;
-  esac
-  [ "$role" = master ] || [ -z "$slaves" ] || die 2 "$role takes no '${slaves# }'"
-  case "$prefix|$serve" in
-    *[\"\'\`\\\$%]* | *[[:cntrl:]]* | [!/\|]* | *\|[!/]*)
-      die 2 "--prefix and --serve take absolute paths without quotes, \\, \$ and %" ;;
-  esac
-}
-
-check_needs() {
-  for tool in $tools; do command -v "$tool" >/dev/null || die 1 "no $tool: install it first"; done
-  for file in $files; do [ -r "$here/$file" ] || die 1 "no $file beside install.sh"; done
-  why=$(python3 -c 'import sys; version = sys.version_info[:2]
-if version < (3, 7): sys.exit("python3 is %d.%d here, and must be 3.7 or newer" % version)
-import ctypes, http.server, ssl' 2>&1) || die 1 "$(say "$why" | tail -n 1)"
-}
-
-find_places() {
-  private='' with_list='' with_conf='' DESTDIR=${DESTDIR-}
-  [ "$(id -u)" -eq 0 ] || [ -n "$DESTDIR" ] || private=yes # settings of their own, to be named
-  [ "$private$prefix" != yes ] || die 1 "not root: use sudo, or --prefix \"\$HOME/.local\""
-  here=$(cd "$(dirname "$0")" && pwd)
-  prefix=${prefix:-/usr/local} prefix=${prefix%/}
-  bin=$DESTDIR$prefix/bin share=$DESTDIR$prefix/share etc=$DESTDIR/etc/server-update
-  [ -z "$private" ] || etc=$prefix$etc with_list=" --list '$etc/slavelist.txt'" \
-    with_conf="SERVER_UPDATE_CONF='$etc/slave.conf' "
-  conf=$etc/slave.conf list=$etc/slavelist.txt secret=$etc/secret link=$DESTDIR/bin/slave-activate
-  path=$prefix/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
-  find_manager
-}
-
-find_user() { # an upgrade keeps who runs the slave, and what it serves
-  before=$(cat "$unit" 2>/dev/null) || :
-  user=${user:-$(say "$before" | sed -n 's/^User=//p; s/^command_user="\(.*\)"$/\1/p')}
-  user=${user:-${SUDO_USER:-root}} home=$HOME served=''
-  [ -z "$private" ] || user=$(id -un)
-  case $user in *[!A-Za-z0-9._-]* | -*) die 2 "bad user name '$user'" ;; esac
-  [ -n "$DESTDIR" ] || id "$user" >/dev/null 2>&1 || die 2 "there is no user '$user' here"
-  [ -n "$private$DESTDIR" ] || eval "home=~$user"
-  [ "${given#*--serve}" != "$given" ] || serve=$(say "$before" |
-    sed -n "s/^ExecStart=.* '\(.*\)'\$/\1/p; s/^command_args=\" '\(.*\)'\"\$/\1/p")
-  [ -z "$serve" ] || served=" '$serve'"
+check_lists() { # what is asked for, and what is there
+  if [ -n "$slaves" ]; then
+    print_slaves | check_list -
+  fi
+  if grep -qs '^ *[^# ]' "$list"; then
+    check_list "$list"
+  fi
 }
 
 check_list() { # FILE, or - for standard input: server-update's own view of it
   python3 "$here/server-update" --list "$1" --dry-run all >/dev/null || exit 2
 }
 
-install_master() {
-  [ -z "$slaves" ] || say "${slaves# }" | tr ' ' '\n' | check_list -
-  ! grep -qs '^ *[^# ]' "$list" || check_list "$list"
-  install_script server-update python3 1 'have all slaves update a repository'
-  if [ -d "$share/bash-completion" ] || [ -d "$DESTDIR/usr/share/bash-completion" ]; then
-    put 644 "$share/bash-completion/completions/server-update" "$(completion)"
-  fi
-  [ -e "$list" ] || put 644 "$list" "$(cat "$here/slavelist.txt"; say "${slaves# }" | tr ' ' '\n')"
-  for slave in $slaves; do lack "$list" "$slave"; done
-  [ -z "$new_secret" ] || make_secret
-  say "List the slaves in $list and run ./install.sh slave on each; then here:"
-  [ -z "$private" ] || [ ! -e "$secret" ] || with_list="$with_list --secret-file '$secret'"
-  say "  '$prefix/bin/server-update'$with_list NAME"
-}
-
 make_secret() {
-  [ ! -e "$secret" ] || say "kept $secret"
-  [ -e "$secret" ] || put 600 "$secret" "$(python3 -c 'import os; print(os.urandom(32).hex())')"
-  [ -n "$DESTDIR" ] || [ -n "$(find "$secret" -prune -user "$user" 2>/dev/null)" ] ||
+  if [ -e "$secret" ]; then
+    say "kept $secret"
+  else
+    put 600 "$secret" "$(python3 -c 'import os; print(os.urandom(32).hex())')"
+  fi
+  if [ -z "$DESTDIR" ] && ! belongs_to_user "$secret"; then
     act give gave "$secret to $user" chown "$user" "$secret"
+  fi
   say "To bring the secret to a slave, where USER runs slave.py:"
   say "  ssh root@SLAVE 'umask 077; cd /etc/server-update; cat >secret; chown USER secret' \\"
   say "    <'$secret'"
 }
 
-install_slave() {
-  set -- "BASE_URL=$base_url" "REPOS_DIR=$repos" "PORT=$port"
-  known=$(ask_slave)
-  install_script slave-activate sh 8 'put a fresh clone live'
-  install_script slave.py python3 8 'take signals and update the clones' restart
-  [ -z "$DESTDIR" ] || [ -d "$DESTDIR/bin" ] || act make made "$DESTDIR/bin" mkdir "$DESTDIR/bin"
-  [ -n "$private" ] || [ "$(readlink "$link")" = "$prefix/bin/slave-activate" ] ||
-    { [ -e "$link" ] && [ ! -L "$link" ]; } ||
-    act link linked "$link" ln -snf "$prefix/bin/slave-activate" "$link"
-  [ -e "$conf" ] || put 644 "$conf" "$(say "$known" | sed 1,2d)" restart
-  for line in "$@"; do [ -z "${line#*=}" ] || lack "$conf" "$line"; done
-  repos=$(say "$known" | sed -n 1p) port=$(say "$known" | sed -n 2p)
-  [ -n "$DESTDIR" ] || [ -d "$repos" ] || act make made "$repos" \
-    install -d -o "$user" -g "$(id -g "$user")" "$repos"
-  [ $manager != systemd ] || put 644 "$unit" "$(systemd_unit)" restart
-  [ $manager != openrc ] || put 755 "$unit" "$(openrc_script)" restart
-  [ -z "$services" ] || [ -n "$no_start" ] || start_service
-  case $dry_run$DESTDIR:$services:$no_start in
-    :?*:yes) say "The service $SERVICE is left as it was." ;;
-    :?*:) say "slave.py runs as $user on port $port, with its clones in $repos; its log: $log" ;;
-    ::*)
-      say "To start slave.py as $user, on port $port, with its clones in $repos:"
-      say "  $with_conf'$prefix/bin/slave.py'$served" ;;
-  esac
-  [ -n "$DESTDIR" ] || say "Settings: $conf. Next, on the master: ./install.sh master $(uname -n)"
+belongs_to_user() { # FILE
+  [ -n "$(find "$1" -prune -user "$user" 2>/dev/null)" ]
 }
 
-uninstall() {
-  grep -qsF "$prefix/bin/slave.py" "${unit:-/dev/null}" || unit='' services='' # of another prefix
-  [ -z "$services" ] || ! service is-active || act stop stopped $SERVICE service stop
-  [ -z "$services" ] || ! service is-enabled || act disable disabled $SERVICE service disable
-  [ "$(readlink "$link")" != "$prefix/bin/slave-activate" ] ||
-    act remove removed "$link" rm -f "$link"
-  set -- "$share/man/man1/server-update.1" "$share/man/man8/slave.py.8" \
-    "$share/man/man8/slave-activate.8" "$share/bash-completion/completions/server-update"
-  for file in "$bin/server-update" "$bin/slave.py" "$bin/slave-activate" ${unit:+"$unit"} "$@"; do
-    [ -n "$dry_run" ] || rm -f "$file.new"
-    ! grep -qs server-update "$file" || act remove removed "$file" rm -f "$file"
+say_how_to_update() {
+  if [ -n "$is_private" ] && [ -e "$secret" ]; then
+    with_list="$with_list --secret-file '$secret'"
+  fi
+  say "List the slaves in $list and run ./install.sh slave on each; then here:"
+  say "  '$prefix/bin/server-update'$with_list NAME"
+}
+
+# --- a slave ---
+
+install_slave() {
+  answer=$(ask_slave)
+  install_script slave-activate sh 8 'put a fresh clone live'
+  install_script slave.py python3 8 'take signals and update the clones' restart
+  link_slave_activate
+  write_conf
+  repos=$(say "$answer" | sed -n 1p)
+  port=$(say "$answer" | sed -n 2p)
+  make_repos_dir
+  write_unit
+  if [ -n "$services" ] && [ -z "$no_start" ]; then
+    start_service
+  fi
+  say_what_runs
+}
+
+# Where the oldest slaves have it, and what calls it there.
+link_slave_activate() {
+  if [ -n "$DESTDIR" ] && [ ! -d "$DESTDIR/bin" ]; then
+    act make made "$DESTDIR/bin" mkdir "$DESTDIR/bin"
+  fi
+  if [ -n "$is_private" ] || is_our_link; then
+    return
+  fi
+  # A file there is somebody's own, or it is ours: with the prefix /usr, /bin is its bin.
+  if [ -e "$link" ] && [ ! -L "$link" ]; then
+    return
+  fi
+  act link linked "$link" ln -snf "$prefix/bin/slave-activate" "$link"
+}
+
+is_our_link() {
+  [ "$(readlink "$link")" = "$prefix/bin/slave-activate" ]
+}
+
+write_conf() {
+  if [ ! -e "$conf" ]; then
+    put 644 "$conf" "$(say "$answer" | sed 1,2d)" restart
+  fi
+  for line in "BASE_URL=$base_url" "REPOS_DIR=$repos" "PORT=$port"; do
+    if [ -n "${line#*=}" ]; then
+      tell_missing_line "$conf" "$line"
+    fi
   done
+}
+
+make_repos_dir() {
+  if [ -z "$DESTDIR" ] && [ ! -d "$repos" ]; then
+    act make made "$repos" \
+      install -d -o "$user" -g "$(id -g "$user")" "$repos"
+  fi
+}
+
+say_what_runs() {
+  if [ -n "$DESTDIR" ]; then
+    return
+  fi
+  if [ -z "$dry_run" ]; then
+    if [ -z "$services" ]; then
+      say "To start slave.py as $user, on port $port, with its clones in $repos:"
+      say "  $with_conf'$prefix/bin/slave.py'$served"
+    elif [ -n "$no_start" ]; then
+      say "The service $SERVICE is left as it was."
+    else
+      say "slave.py runs as $user on port $port, with its clones in $repos; its log: $log"
+    fi
+  fi
+  say "Settings: $conf. Next, on the master: ./install.sh master $(uname -n)"
+}
+
+# --- gone again ---
+
+uninstall() {
+  # The unit may start a slave.py of another prefix.
+  if ! grep -qsF "$prefix/bin/slave.py" "${unit:-/dev/null}"; then
+    unit=''
+    services=''
+  fi
+  if [ -n "$services" ]; then
+    stop_service
+  fi
+  if is_our_link; then
+    act remove removed "$link" rm -f "$link"
+  fi
+  remove_ours "$bin/server-update"
+  remove_ours "$bin/slave.py"
+  remove_ours "$bin/slave-activate"
+  if [ -n "$unit" ]; then
+    remove_ours "$unit"
+  fi
+  remove_ours "$share/man/man1/server-update.1"
+  remove_ours "$share/man/man8/slave.py.8"
+  remove_ours "$share/man/man8/slave-activate.8"
+  remove_ours "$share/bash-completion/completions/server-update"
   say "kept: the settings in $etc, the clones in $(ask_slave | sed -n 1p)"
+}
+
+remove_ours() { # FILE: what somebody else has put there doesn't speak of us
+  drop_half_written "$1"
+  if grep -qs server-update "$1"; then
+    act remove removed "$1" rm -f "$1"
+  fi
+}
+
+# --- the plan ---
+
+lock_others_out() { # a kernel lock, which dies with this run
+  exec 9</
+  python3 -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)'
 }
 
 main() {
@@ -341,10 +826,15 @@ main() {
   find_places
   check_needs
   find_user
-  exec 9</ # one run at a time: a kernel lock, which dies with us
-  python3 -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)'
-  case $role in master) install_master ;; slave) install_slave ;; uninstall) uninstall ;; esac
-  [ -n "$changed" ] || say "Nothing had to be changed in $DESTDIR$prefix."
+  lock_others_out
+  case $role in
+    master) install_master ;;
+    slave) install_slave ;;
+    uninstall) uninstall ;;
+  esac
+  if [ -z "$changed" ]; then
+    say "Nothing had to be changed in $DESTDIR$prefix."
+  fi
 }
 
-main "$@"
+main "$@"; exit

@@ -11,10 +11,11 @@ import sys
 import pytest
 from conftest import PYTHON, ROOT
 
-BUDGETS = {"server-update": 800, "slave.py": 800, "slave-activate": 250, "install.sh": 350}
+BUDGETS = {"server-update": 800, "slave.py": 800, "slave-activate": 250, "install.sh": 900}
 SCRIPTS = sorted(BUDGETS)
 PYTHON_SCRIPTS = ["server-update", "slave.py"]
 SHELL_SCRIPTS = ["slave-activate", "install.sh"]
+LAST_LINE = {"slave-activate": 'main "$@"\n'}  # of all others it is main, then exit
 MAX_COLUMNS = 99
 MAX_FUNCTION_LINES = 45
 BLOCK = re.compile(
@@ -83,7 +84,7 @@ def test_shell_is_posix(name, shell):
 def test_a_truncated_shell_script_does_nothing(name, tmp_path):
     lines = text_of(name).splitlines(True)
     assert lines[0] == "#!/bin/sh\n"
-    assert lines[-1] == 'main "$@"\n'
+    assert lines[-1] == LAST_LINE.get(name, 'main "$@"; exit\n')
     (tmp_path / "script").write_text("".join(lines[:-1]), encoding="utf-8")
     done = subprocess.run(
         ["sh", str(tmp_path / "script"), "slave"],
