@@ -6,8 +6,8 @@ import signal
 import stat
 import subprocess
 
-from conftest import SOURCES
-from upstream import copy_scripts, run_git
+from product import SOURCES, copy_scripts
+from upstream import run_git
 
 TIMEOUT_S = 60
 

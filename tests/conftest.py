@@ -1,28 +1,23 @@
 """Fixtures for all tests: the scripts as modules, real upstreams, real slaves in processes."""
 
-import http.client
-import importlib.util
-import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import time
-from importlib.machinery import SourceFileLoader
-from pathlib import Path
-from signal import SIGCONT, SIGINT, SIGKILL, SIGTERM, default_int_handler, signal
+from signal import SIGINT, default_int_handler, signal
 
 sys.dont_write_bytecode = True  # before anything of ours is loaded: no __pycache__ in the checkout
 
 import pytest  # noqa: E402
-from upstream import HttpUpstream, Upstream, copy_scripts, wait_until  # noqa: E402
+from activate_support import Activate  # noqa: E402
+from certificates import Authority  # noqa: E402
+from farm import Farm  # noqa: E402
+from product import PYTHON, SOURCES, copy_scripts, load  # noqa: E402
+from slave_support import Slave, stop_for_good  # noqa: E402
+from update_support import Update  # noqa: E402
+from upstream import HttpUpstream, Upstream  # noqa: E402
 
-ROOT = Path(__file__).resolve().parent.parent
-SOURCES = Path(
-    os.environ.get("SERVER_UPDATE_SOURCES", str(ROOT))
-)  # broken copies, see tests/faults
-PYTHON = os.path.realpath(sys.executable)  # the scripts run under the Python that runs the tests
 FORGET = re.compile(
     r"(GIT|SERVER_UPDATE|XDG|SSH)_.*|.*_proxy|NO_COLOR|CLICOLOR.*|FORCE_COLOR|CDPATH|ENV|"
     r"COLUMNS|LINES|PYTHON.*|DESTDIR",
@@ -30,17 +25,6 @@ FORGET = re.compile(
 )
 # Reasons for which a test may be left out even in CI (anything else fails the run there).
 MAY_SKIP_IN_CI = ("no IPv6 on this machine", "this git has no SHA-256 repositories")
-START_TIMEOUT_S = 15
-
-
-def load(name):
-    """The script `name` of the checkout as a module, fresh each time, whatever its extension."""
-    loader = SourceFileLoader(re.sub(r"\W", "_", name.replace(".py", "")), str(SOURCES / name))
-    spec = importlib.util.spec_from_loader(loader.name, loader)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[loader.name] = module  # dataclasses look their module up
-    loader.exec_module(module)
-    return module
 
 
 # -- the environment -------------------------------------------------------
@@ -174,115 +158,10 @@ def http_upstream(upstream):
 # -- slaves ----------------------------------------------------------------
 
 
-class Slave:
-    """The real slave.py beside the real slave-activate, with a process and a home of its own."""
-
-    def __init__(self, folder, settings, args=(), env=None, sources=SOURCES):
-        self.bin = copy_scripts(sources, folder / "bin", "slave.py", "slave-activate")
-        self.command = [PYTHON, "-I", str(self.bin / "slave.py")]
-        self.args, self.env = list(map(str, args)), dict(env or {})
-        self.home, self.hooks = folder / "home", folder / "hooks"
-        self.home.mkdir()
-        self.hooks.mkdir()
-        self.conf, self.log_file = folder / "slave.conf", folder / "log"
-        self.settings = dict({"PORT": 0, "BIND": "127.0.0.1", "HOOKS_DIR": self.hooks}, **settings)
-        self.repos = Path(self.settings.get("REPOS_DIR") or self.home / "repos")
-        self.state = self.repos / ".server-update"
-        self.process = self.port = None
-
-    def start(self, wait=True):
-        """Start it (again, then on the port that it had); with `wait`, until it listens."""
-        self.conf.write_text(
-            "".join("%s=%s\n" % item for item in self.settings.items()), encoding="utf-8"
-        )
-        before = len(self.log())
-        env = dict(
-            os.environ,
-            HOME=str(self.home),
-            SERVER_UPDATE_CONF=str(self.conf),
-            PATH=str(self.bin) + os.pathsep + os.environ["PATH"],
-        )
-        env.update(self.env)
-        with self.log_file.open("ab") as log:
-            self.process = subprocess.Popen(
-                self.command + self.args,
-                env=env,
-                cwd=str(self.home),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-        if wait:
-            self.port = int(
-                wait_until(
-                    lambda: self._listening(before), START_TIMEOUT_S, what="slave.py listening"
-                ).group(1)
-            )
-            self.settings["PORT"] = self.port
-        return self
-
-    def _listening(self, before):
-        new = self.log()[before:]
-        if self.process.poll() is not None:
-            raise AssertionError("slave.py ended with %s:\n%s" % (self.process.returncode, new))
-        return re.search(r"listening on port (\d+)", new)
-
-    @property
-    def url(self):
-        """http://127.0.0.1:PORT"""
-        return "http://127.0.0.1:%d" % self.port
-
-    def log(self):
-        """All that it has logged so far, over its restarts."""
-        return (
-            self.log_file.read_text(encoding="utf-8", errors="replace")
-            if self.log_file.exists()
-            else ""
-        )
-
-    def get(self, path, headers=None, method="GET", timeout=40):
-        """One request on a connection of its own: (status, headers, body as bytes)."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
-        try:
-            connection.request(method, path, headers=headers or {})
-            answer = connection.getresponse()
-            return answer.status, answer.headers, answer.read()
-        finally:
-            connection.close()
-
-    def json(self, path, status=200, **kwargs):
-        """The JSON answer, which must have that status."""
-        got, _, body = self.get(path, **kwargs)
-        assert got == status, "%s: %d %r" % (path, got, body)
-        return json.loads(body.decode("utf-8"))
-
-    def signal(self, repo="hanuman", ref=None):
-        """Ask for an update, which must be accepted; its id."""
-        return self.json("/?repo=%s%s" % (repo, "&ref=" + ref if ref else ""), status=202)[
-            "update"
-        ]
-
-    def wait_update(self, repo="hanuman", update=None, timeout=60):
-        """Signal if no update id is given; wait for its end; the record."""
-        update = self.signal(repo) if update is None else update
-        end = time.monotonic() + timeout
-        while time.monotonic() < end:
-            record = self.json("/status?repo=%s&update=%s&wait=20" % (repo, update))
-            if record["state"] in ("live", "failed"):
-                return record
-        raise AssertionError("update %s of %s did not end: %s" % (update, repo, record))
-
-    def kill(self):
-        """kill -9 of slave.py alone; what it started lives on."""
-        self.process.kill()
-        self.process.wait()
-
-    def stop(self, signum=SIGTERM, timeout=20):
-        """Stop it cleanly; its exit status."""
-        if self.process.poll() is None:
-            self.process.send_signal(signum)
-        return self.process.wait(timeout)
+@pytest.fixture
+def activate(tmp_path, upstream):
+    """slave-activate on the repositories of `upstream`; see tests/activate_support.py."""
+    return Activate(tmp_path, upstream.base_path)
 
 
 @pytest.fixture
@@ -303,42 +182,45 @@ def start_slave(tmp_path, upstream):
     stop_for_good(*slaves)
 
 
-def stop_for_good(*slaves):
-    """End slaves and whatever they have started, however a test left them; all at a time."""
-    running = [slave for slave in slaves if slave.process and slave.process.poll() is None]
-    for number in (SIGCONT, SIGTERM):
-        for slave in running:
-            slave.process.send_signal(number)
-    for slave in running:
-        try:
-            slave.process.wait(15)
-        except subprocess.TimeoutExpired:
-            slave.kill()
-    for slave in slaves:
-        kill_all_below(slave.bin.parent)
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory):
+    """A certificate authority that nobody trusts by itself."""
+    return Authority(tmp_path_factory.mktemp("tls") / "authority")
 
 
-def processes_below(folder):
-    """The processes whose environment has a HOME below `folder`: a slave's descendants."""
-    found, mark = [], os.fsencode(str(folder)) + b"/"
-    for entry in os.listdir("/proc"):
-        if entry.isdigit() and int(entry) != os.getpid():
-            try:
-                with open("/proc/%s/environ" % entry, "rb") as environ:
-                    if b"HOME=" + mark in environ.read():
-                        found.append(int(entry))
-            except OSError:
-                pass  # gone, or somebody else's
-    return found
+# -- masters ---------------------------------------------------------------
 
 
-def kill_all_below(folder):
-    """kill -9 of what processes_below finds."""
-    for pid in processes_below(folder):
-        try:
-            os.kill(pid, SIGKILL)
-        except OSError:
-            pass
+@pytest.fixture
+def farm():
+    """A fake fleet: farm.add(kind) gives an entry for a slave list; see tests/farm.py."""
+    one = Farm()
+    yield one
+    one.close()
+
+
+@pytest.fixture
+def start_update(tmp_path):
+    """start_update(entries or slaves, *options, repo=, env=) -> Update, which runs."""
+    started = []
+
+    def start(entries, *options, **kwargs):
+        started.append(Update(tmp_path, entries, *options, **kwargs))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.process.kill()
+        one.process.wait()
+
+
+@pytest.fixture
+def update(start_update):
+    """The same, run to its end."""
+    return lambda *args, **kwargs: start_update(*args, **kwargs).finish()
+
+
+# -- folders ---------------------------------------------------------------
 
 
 @pytest.fixture

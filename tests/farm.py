@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections import Counter, namedtuple
+from http import HTTPStatus
 from urllib.parse import parse_qs, urlsplit
 
 COMMIT, OTHER, PREVIOUS = "1d5d931" + "a" * 33, "77aa120" + "c" * 33, "8c2f4e0" + "b" * 33
@@ -99,6 +100,39 @@ def drip(data, pause_s):
     return lambda request: Answer(
         tuple((n * pause_s, data[n : n + 1]) for n in range(len(data))), "close"
     )
+
+
+def mute(request):
+    """Takes the connection and says nothing."""
+    return Answer((), "stays")
+
+
+def hold(request):
+    """Takes the signal; its status is held back for ever."""
+    return mute(request) if request.path.startswith("/status") else accepted()
+
+
+def forgetful(request):
+    """Takes the signal and no longer knows of it."""
+    if request.path.startswith("/status"):
+        return at_once(http("404 Not Found", '{"error": "no such update"}'))
+    return accepted()
+
+
+def answering(answers):
+    """A kind that answers as {beginning of a path: (status, text, bytes or what becomes JSON)}.
+
+    The first that fits is taken; where none does, it is a 404.
+    """
+
+    def kind(request):
+        fitting = [answers[start] for start in answers if request.path.startswith(start)]
+        status, body = fitting[0] if fitting else (404, "no such path")
+        if not isinstance(body, (str, bytes)):
+            body = json.dumps(body)
+        return at_once(http("%d %s" % (status, HTTPStatus(status).phrase), body))
+
+    return kind
 
 
 class Farm:
@@ -249,8 +283,8 @@ def silent_port():
     return port, [listener, *fillers]
 
 
-def refused_port():
-    """A port where nobody listens; it stays bound so that nobody else can."""
+def refusing_entry():
+    """(entry, what to keep): a port where nobody listens, bound so that nobody else can."""
     sock = socket.socket()
     sock.bind(("127.0.0.1", 0))
-    return sock.getsockname()[1], sock
+    return "127.0.0.1:%d" % sock.getsockname()[1], sock

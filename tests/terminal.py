@@ -11,7 +11,8 @@ import termios
 import threading
 import time
 
-from conftest import PYTHON, ROOT, wait_until
+from processes import wait_until
+from product import SERVER_UPDATE
 
 
 class Run:
@@ -20,7 +21,7 @@ class Run:
     def __init__(self, tmp_path, entries, *options, columns=None, both=True, env=None):
         slavelist = tmp_path / "slavelist.txt"
         slavelist.write_text("".join(entry + "\n" for entry in entries))
-        command = [PYTHON, "-I", str(ROOT / "server-update"), "--list", str(slavelist)]
+        command = [*SERVER_UPDATE, "--list", str(slavelist)]
         environ = dict(os.environ, **dict({"TERM": "xterm", "LC_ALL": "C.UTF-8"}, **(env or {})))
         mine, theirs = pty.openpty() if columns else os.pipe()
         if columns:

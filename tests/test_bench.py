@@ -9,7 +9,7 @@ import sys
 from xml.etree import ElementTree
 
 import pytest
-from conftest import ROOT
+from product import ROOT
 
 REPORT = str(ROOT / "bench" / "report.py")
 

@@ -1,4 +1,5 @@
 """The contract from outside: a plain client against slave.py, server-update and a plain server."""
+
 import ctypes
 import json
 import os
@@ -9,8 +10,8 @@ import time
 from signal import SIGINT, SIGTERM
 
 import pytest
-from plain_slave import PlainSlave, refusing_entry
-from upstream import wait_until
+from farm import answering, refusing_entry
+from processes import wait_until
 
 RECORD_KEYS = {
     "repo", "update", "ref", "state", "requested", "started", "finished", "commit", "previous",
@@ -299,33 +300,25 @@ ACCEPTED = (202, {"repo": "hanuman", "update": 7, "state": "queued", "ref": None
 
 
 @pytest.fixture
-def update(run_script):
-    """update({"/?repo": ..., "/status": ...}, *options): (exit status, result, plain slave)."""
-    servers = []
+def update_one(farm, update):
+    """update_one({"/?repo": ...}, *options): (exit status, result, paths asked for)."""
 
     def run(answers, *options):
-        servers.append(PlainSlave(answers))
-        done = run_script("server-update", "--list", "-", "--json", *options, "hanuman",
-                          input=servers[0].entry + "\n", timeout=30)
-        lines = [json.loads(line) for line in done.stdout.splitlines()]
-        assert [line["type"] for line in lines] == ["start", "result", "summary"], done.stderr
-        assert lines[2]["exit"] == done.returncode
-        assert lines[1]["slave"] == servers[0].entry
-        return done.returncode, lines[1], servers[0]
+        entry = farm.add(answering(answers))
+        done = update([entry], "--json", *options)
+        return done.returncode, done.results[entry], [request.path for request in farm.requests]
 
-    yield run
-    for server in servers:
-        server.close()
+    return run
 
 
-def test_a_live_slave_is_signalled_once_and_followed(update):
-    status, result, slave = update({"/?repo=hanuman": ACCEPTED, "/status": (200, record())})
+def test_a_live_slave_is_signalled_once_and_followed(update_one):
+    answers = {"/?repo=hanuman": ACCEPTED, "/status": (200, record())}
+    status, result, (first, *polls) = update_one(answers)
     assert (status, result["outcome"]) == (0, "live")
     assert (result["commit"], result["previous"]) == (COMMIT, OLDER)
-    assert slave.requests[0] == "/?repo=hanuman"
-    assert len([path for path in slave.requests if path.startswith("/?")]) == 1
-    polls = slave.requests[1:]
-    assert all(re.match(r"/status\?repo=hanuman&update=7(&wait=\d+)?$", path) for path in polls)
+    assert first == "/?repo=hanuman"
+    status_path = re.compile(r"/status\?repo=hanuman&update=7(&wait=\d+)?$")
+    assert polls and all(status_path.match(path) for path in polls)
 
 
 @pytest.mark.parametrize(
@@ -342,34 +335,30 @@ def test_a_live_slave_is_signalled_once_and_followed(update):
         ({"/?": ACCEPTED, "/status": (200, record("running"))}, 1, "timeout", ""),
     ],
 )
-def test_each_answer_has_its_outcome(update, answers, status, outcome, message):
-    got = update(answers, "--timeout", "2", "--retries", "0")
+def test_each_answer_has_its_outcome(update_one, answers, status, outcome, message):
+    got = update_one(answers, "--timeout", "2", "--retries", "0")
     assert (got[0], got[1]["outcome"]) == (status, outcome)
     assert message in got[1]["message"]
 
 
-def test_no_wait_ends_when_the_signal_is_taken(update):
-    status, result, slave = update({"/?repo": ACCEPTED}, "--no-wait")
+def test_no_wait_ends_when_the_signal_is_taken(update_one):
+    status, result, asked = update_one({"/?repo": ACCEPTED}, "--no-wait")
     assert (status, result["outcome"]) == (0, "signalled")
-    assert slave.requests == ["/?repo=hanuman"]
+    assert asked == ["/?repo=hanuman"]
 
 
-def test_nobody_listening_is_unreachable(run_script):
+def test_nobody_listening_is_unreachable(update):
     entry, holder = refusing_entry()
     with holder:
-        options = ("--list", "-", "--retries", "0")
-        done = run_script("server-update", *options, "hanuman", input=entry + "\n")
+        done = update([entry], "--retries", "0")
     assert done.returncode == 1
     assert re.search("%s .*unreachable.*refused" % entry, done.stdout)
 
 
-def test_an_update_in_a_list_url_keeps_its_path_and_query(run_script):
-    slave = PlainSlave({"/hooks/x?key=1&repo=hanuman": (200, "ok")})
-    url = "http://%s/hooks/x?key=1" % slave.entry
-    done = run_script("server-update", "--list", "-", "hanuman", input=url + "\n")
-    slave.close()
-    assert done.returncode == 0
-    assert slave.requests == ["/hooks/x?key=1&repo=hanuman"]
+def test_an_update_in_a_list_url_keeps_its_path_and_query(farm, update):
+    url = "http://%s/hooks/x?key=1" % farm.add(answering({"/hooks/x?key=1&repo=": (200, "ok")}))
+    assert update([url]).returncode == 0
+    assert [request.path for request in farm.requests] == ["/hooks/x?key=1&repo=hanuman"]
 
 
 def test_half_a_request_gets_no_answer_and_harms_nobody(start_slave, upstream):

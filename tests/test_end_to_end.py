@@ -1,4 +1,5 @@
 """The whole path: server-update, slave.py, slave-activate and a real upstream."""
+
 import json
 import os
 import re
@@ -7,9 +8,10 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import ROOT, processes_below
-from plain_slave import PlainSlave, refusing_entry
-from upstream import run_git, wait_until
+from farm import answering, refusing_entry
+from processes import processes_below, wait_until
+from product import ROOT
+from upstream import run_git
 
 SLAVES = 3
 
@@ -21,17 +23,6 @@ def fleet(start_slave, upstream, http_upstream):
         base = {"path": upstream.base_path, "http": http_upstream.url}[way]
         return [start_slave(BASE_URL=base) for _ in range(count)]
     return start
-
-
-@pytest.fixture
-def update(run_script, tmp_path):
-    """update(slaves or entries, *arguments): run server-update on a list of them."""
-    def run(slaves, *arguments, **kwargs):
-        entries = [getattr(slave, "url", slave) for slave in slaves]
-        slavelist = tmp_path / "slavelist.txt"
-        slavelist.write_text("\n".join(["# the fleet", *entries, ""]))
-        return run_script("server-update", "--list", slavelist, *arguments, **kwargs)
-    return run
 
 
 def commit_in(slave, repo="hanuman"):
@@ -51,14 +42,14 @@ def names_in(folder):
 def test_one_command_updates_every_slave_and_says_what_is_live(fleet, upstream, update, way):
     repo = upstream.create("hanuman", {"index.html": "one\n", "old": "gone soon\n"})
     first, slaves = repo.head(), fleet(way)
-    done = update(slaves, "hanuman")
+    done = update(slaves)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count(first[:7]) >= SLAVES
     for slave in slaves:
         assert commit_in(slave) == first
         (slave.repos / "hanuman" / "untracked").write_text("made on the slave\n")
     second = repo.commit({"index.html": "two\n", "old": None}, "Second")
-    done = update(slaves, "hanuman")
+    done = update(slaves)
     assert done.returncode == 0
     for slave in slaves:
         entry = slave.url
@@ -72,7 +63,7 @@ def test_one_command_updates_every_slave_and_says_what_is_live(fleet, upstream, 
 def test_json_lines_say_it_to_programs(fleet, upstream, update):
     repo = upstream.create("hanuman")
     slaves = fleet()
-    done = update(slaves, "--json", "hanuman")
+    done = update(slaves, "--json")
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert [line["type"] for line in lines] == ["start"] + ["result"] * SLAVES + ["summary"]
     assert (lines[0]["repo"], lines[0]["slaves"]) == ("hanuman", SLAVES)
@@ -88,30 +79,27 @@ def test_an_unreachable_slave_is_named_with_the_reason_and_is_exit_1(fleet, upst
     slaves = fleet()
     entry, holder = refusing_entry()
     with holder:
-        done = update([*slaves, entry], "--retries", "1", "hanuman")
+        done = update([*slaves, entry], "--retries", "1")
     assert done.returncode == 1
     assert re.search(re.escape(entry) + r".*unreachable.*refused", done.stdout)
     assert [commit_in(slave) for slave in slaves] == [repo.head()] * SLAVES
 
 
-def test_a_bad_line_in_the_list_is_exit_2_with_its_number_and_signals_nobody(upstream, update):
-    upstream.create("hanuman")
-    slave = PlainSlave({"/": (200, "ok")})
-    done = update([slave.entry, "web1:80x", slave.entry], "hanuman")
-    slave.close()
+def test_a_bad_line_in_the_list_is_exit_2_with_its_number_and_signals_nobody(farm, update):
+    entry = farm.add(answering({"/": (200, "ok")}))
+    done = update(["# the fleet", entry, "web1:80x", entry])
     assert (done.returncode, done.stdout) == (2, "")
     assert re.search(r"^server-update: \S*slavelist.txt:3: bad port '80x'$", done.stderr, re.M)
-    assert slave.requests == []
+    assert farm.requests == []
 
 
-def test_a_slave_of_the_oldest_kind_counts_as_signalled(fleet, upstream, update):
+def test_a_slave_of_the_oldest_kind_counts_as_signalled(fleet, upstream, farm, update):
     upstream.create("hanuman")
-    oldest = PlainSlave({"/get/?repo=hanuman": (200, "Updating hanuman\n")})
-    done = update([*fleet(count=1), "http://%s/get/" % oldest.entry], "hanuman")
-    oldest.close()
+    oldest = farm.add(answering({"/get/?repo=hanuman": (200, "Updating hanuman\n")}))
+    done = update([*fleet(count=1), "http://%s/get/" % oldest])
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(re.escape(oldest.entry) + r".*signalled", done.stdout)
-    assert oldest.requests == ["/get/?repo=hanuman"]
+    assert re.search(re.escape(oldest) + r".*signalled", done.stdout)
+    assert [request.path for request in farm.requests] == ["/get/?repo=hanuman"]
 
 
 def test_the_old_habits_work_unchanged(fleet, upstream, run_script, own_home):
@@ -131,11 +119,11 @@ def test_the_old_habits_work_unchanged(fleet, upstream, run_script, own_home):
 def test_a_failing_upstream_leaves_what_was_live(fleet, upstream, http_upstream, update):
     repo = upstream.create("hanuman")
     slaves = fleet("http")
-    assert update(slaves, "hanuman").returncode == 0
+    assert update(slaves).returncode == 0
     first = repo.head()
     repo.commit({"x": "1"})
     http_upstream.fault = "503"
-    done = update(slaves, "hanuman")
+    done = update(slaves)
     assert done.returncode == 1
     assert done.stdout.count("failed") >= SLAVES
     assert "503" in done.stdout
@@ -151,10 +139,10 @@ def test_slaves_at_different_commits_are_exit_1(fleet, upstream, update):
     slaves[1].settings["BASE_URL"] = other
     slaves[1].start()
     commits = repo.head() + "|" + repo.commit({"x": "1"})
-    done = update(slaves, "hanuman")
+    done = update(slaves)
     assert done.returncode == 1
     assert re.search(r"equal: \S*server-update --ref (%s)" % commits, done.stdout)
-    totals = json.loads(update(slaves, "--json", "hanuman").stdout.splitlines()[-1])
+    totals = json.loads(update(slaves, "--json").stdout.splitlines()[-1])
     assert (totals["outcomes"], len(totals["commits"]), totals["exit"]) == ({"live": 2}, 2, 1)
 
 
@@ -164,14 +152,14 @@ def test_a_push_in_the_middle_of_a_rollout_is_seen_and_the_printed_commands_mend
     """The first slave's hook stands in for somebody who pushes between two batches."""
     repo = upstream.create("hanuman")
     slaves, before = fleet(), repo.head()
-    assert update(slaves, "hanuman").returncode == 0
+    assert update(slaves).returncode == 0
     asked = repo.commit({"page": "asked for"})
     pushed = repo.commit({"page": "pushed"}, branch="next", parent=asked)
     hook = slaves[0].hooks / "post-update"
     hook.write_text("#!/bin/sh\ngit --git-dir='%s' update-ref refs/heads/main %s\n" % (
         repo.path, pushed))
     hook.chmod(0o755)
-    done = update(slaves, "--batch", "1", "hanuman")
+    done = update(slaves, "--batch", "1")
     assert done.returncode == 1
     assert "hanuman: 3 live of 3, " in done.stdout
     assert "\ncommits: %s on 2, %s on 1\n" % (pushed[:7], asked[:7]) in done.stdout
@@ -190,7 +178,7 @@ def test_a_ref_goes_live_on_every_slave(fleet, upstream, update, kind):
     repo.commit({"page": "newer"})
     ref = {"branch": "feature/one", "tag": "v1.4", "commit": wanted}[kind]
     slaves = fleet()
-    done = update(slaves, "--ref", ref, "hanuman")
+    done = update(slaves, "--ref", ref)
     assert (done.returncode, "commits: %s on 3" % wanted[:7] in done.stdout) == (0, True)
     assert [commit_in(slave) for slave in slaves] == [wanted] * SLAVES
 

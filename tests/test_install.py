@@ -9,9 +9,8 @@ import subprocess
 import sys
 
 import pytest
-from upstream import copy_scripts, wait_until
-
-from conftest import PYTHON, SOURCES
+from processes import wait_until
+from product import PYTHON, SOURCES, copy_scripts, need
 
 SCRIPTS = ("install.sh", "server-update", "slave.py", "slave-activate", "slavelist.txt")
 SHELLS = ("dash", "busybox ash", "bash")
@@ -573,11 +572,6 @@ def staged_unit(installer, *args):
     text = (installer.stage / UNIT).read_text()
     unit.write_text(text.replace('ExecStart="/', 'ExecStart="%s/' % installer.stage))
     return unit
-
-
-def need(tool):
-    if not shutil.which(tool):
-        pytest.skip("no %s here" % tool)
 
 
 def test_the_unit_is_sound_and_well_closed(installer):

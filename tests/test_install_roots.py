@@ -6,9 +6,8 @@ import time
 
 import pytest
 import roots
-from upstream import Repo, copy_scripts
-
-from conftest import ROOT, SOURCES
+from product import ROOT, SOURCES, copy_scripts
+from upstream import Repo
 
 SCRIPTS = ("install.sh", "server-update", "slave.py", "slave-activate", "slavelist.txt")
 CHECKOUT = "/root/a checkout"

@@ -357,9 +357,9 @@ def advice(server_update, argv, *pairs):
     return server_update.format_totals(results, server_update.Counter(), "x", 0, argv)[2:]
 
 
-def test_the_way_back_is_told_where_there_is_one(server_update, monkeypatch):
+def test_the_way_back_is_told_where_there_is_one(server_update, monkeypatch, tmp_path):
     monkeypatch.setattr("sys.argv", ["/opt/su/server-update"])
-    monkeypatch.setenv("PATH", "/nonexistent")
+    monkeypatch.setenv("PATH", str(tmp_path / "no-programs"))
     argv = ["--limit", "web *", "--ref=x", "--write-failed", "f", "hanuman"]
     assert advice(server_update, argv, (COMMIT, PREVIOUS), (COMMIT, PREVIOUS), (COMMIT, None)) == [
         "to go back: /opt/su/server-update --ref %s --limit 'web *' hanuman" % PREVIOUS
@@ -374,9 +374,11 @@ def test_the_way_back_is_told_where_there_is_one(server_update, monkeypatch):
         assert advice(server_update, ["hanuman"], *pairs) == []
 
 
-def test_slaves_at_different_commits_are_told_how_to_be_made_equal(server_update, monkeypatch):
+def test_slaves_at_different_commits_are_told_how_to_be_made_equal(
+    server_update, monkeypatch, tmp_path
+):
     monkeypatch.setattr("sys.argv", ["/opt/su/server-update"])
-    monkeypatch.setenv("PATH", "/nonexistent")
+    monkeypatch.setenv("PATH", str(tmp_path / "no-programs"))
     lines = advice(server_update, ["hanuman"], (COMMIT, PREVIOUS), (OTHER, PREVIOUS))
     assert lines == [
         "to make them equal: /opt/su/server-update --ref %s hanuman" % OTHER,

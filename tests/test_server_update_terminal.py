@@ -11,33 +11,16 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import PYTHON, ROOT, wait_until
-from farm import (
-    COMMIT,
-    OTHER,
-    PREVIOUS,
-    Answer,
-    Farm,
-    accepted,
-    error,
-    raw,
-    silent_port,
-    told,
-    updates,
-)
+from farm import COMMIT, OTHER, PREVIOUS, error, hold, mute, raw, silent_port, told, updates
+from processes import wait_until
+from product import PYTHON, SERVER_UPDATE
 from terminal import Run
 
 MANY = 10000
+SCRIPT = SERVER_UPDATE[-1]
 STOP_S = 0.5
 FIRST_SIGN_S = 0.1
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069]")
-
-
-@pytest.fixture
-def farm():
-    one = Farm()
-    yield one
-    one.close()
 
 
 def seen(text):
@@ -191,7 +174,7 @@ def test_something_is_seen_at_once(farm, tmp_path):
         seen.append(run.chunks[0][0])
         begun = time.monotonic()
         subprocess.run(
-            [PYTHON, "-I", str(ROOT / "server-update"), "--version"], stdout=subprocess.DEVNULL
+            [*SERVER_UPDATE, "--version"], stdout=subprocess.DEVNULL
         )
         started.append(time.monotonic() - begun)  # what Python and the imports take
     assert min(seen) < min(started) + FIRST_SIGN_S + 0.1
@@ -256,7 +239,7 @@ def test_any_locale(farm, tmp_path, locale):
     encoding = {"PYTHONIOENCODING": "ascii"}
     slavelist = str(tmp_path / "slavelist.txt")
     done = subprocess.run(
-        [PYTHON, str(ROOT / "server-update"), "--list", slavelist, "--retries", "0", "hanuman"],
+        [PYTHON, SCRIPT, "--list", slavelist, "--retries", "0", "hanuman"],
         env=dict(os.environ, **encoding),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -314,16 +297,6 @@ def test_json_has_valid_lines_as_they_come_and_a_summary(farm, tmp_path):
     }
     times = [when for when, _ in run.chunks]
     assert times[-1] - times[0] > 0.5  # not kept until the end
-
-
-def hold(request):
-    """Takes the signal and holds its status back."""
-    return Answer((), "stays") if request.path.startswith("/status") else accepted()
-
-
-def mute(request):
-    """Takes no signal and says nothing."""
-    return Answer((), "stays")
 
 
 PHASES = {
@@ -421,7 +394,7 @@ def test_interrupted_while_python_imports_its_library(tmp_path):
         "import time\nopen(%r, 'w').close()\ntime.sleep(60)\n" % str(begun)
     )
     process = subprocess.Popen(
-        [PYTHON, str(ROOT / "server-update"), "x"],
+        [PYTHON, SCRIPT, "x"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=dict(os.environ, PYTHONPATH=str(tmp_path)),
@@ -433,7 +406,7 @@ def test_interrupted_while_python_imports_its_library(tmp_path):
 
 def test_interrupted_while_the_list_is_read(tmp_path):
     process = subprocess.Popen(
-        [PYTHON, "-I", str(ROOT / "server-update"), "--list", "-", "x"],
+        [*SERVER_UPDATE, "--list", "-", "x"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -456,7 +429,7 @@ def test_a_second_interrupt_ends_at_once(farm, tmp_path):
     read, write = os.pipe()
     fcntl.fcntl(write, 1031, 4096)  # F_SETPIPE_SZ: a small pipe, that nobody reads
     process = subprocess.Popen(
-        [PYTHON, "-I", str(ROOT / "server-update"), "--list", str(slavelist), "--json", "hanuman"],
+        [*SERVER_UPDATE, "--list", str(slavelist), "--json", "hanuman"],
         stdout=write,
     )
     os.close(write)
@@ -477,7 +450,7 @@ def test_a_second_interrupt_ends_at_once(farm, tmp_path):
 
 def run_by_shell(script, *arguments):
     """A finished run of a shell script, where "$@" is server-update with these arguments."""
-    command = ["sh", "-c", script, "sh", PYTHON, "-I", str(ROOT / "server-update"), *arguments]
+    command = ["sh", "-c", script, "sh", *SERVER_UPDATE, *arguments]
     return subprocess.run(
         command,
         stdout=subprocess.PIPE,
@@ -522,7 +495,7 @@ def test_closed_outputs(farm, tmp_path, redirect):
 def test_results_that_cannot_be_kept_are_no_success(farm, tmp_path):
     slavelist = tmp_path / "slavelist.txt"
     slavelist.write_text(farm.add(updates()))
-    command = [PYTHON, "-I", str(ROOT / "server-update"), "--list", str(slavelist), "hanuman"]
+    command = [*SERVER_UPDATE, "--list", str(slavelist), "hanuman"]
     with open("/dev/full", "w") as full:
         for more in ([], ["--dry-run"], ["--no-wait"]):
             assert subprocess.run(command + more, stdout=full, timeout=30).returncode == 1

@@ -10,66 +10,19 @@ import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from signal import SIGKILL
 
 import pytest
-from conftest import PYTHON, processes_below
-from upstream import wait_until
+from processes import processes_below, rss_kib, wait_until
+from product import PYTHON
+from slave_support import ONE, kill_hard, record_file, runs, stand_in, start_by_hand, wait_runs
 
 ROUNDS = int(os.environ.get("ROUNDS", 24))  # of kill -9, with a quick slave-activate of ours
 REAL_ROUNDS = int(os.environ.get("REAL_ROUNDS", 4))  # with the real one
 BURST = 1000  # signals
 UPDATES = 200  # for zombies, memory and open files
+TOO_LONG = "x" * 256  # for the name of a file
 EXCHANGES = int(os.environ.get("EXCHANGES", 20))  # of the repository that has the served file
-ONE = "1" * 40
-
-# A slave-activate that notes when it runs and makes a clone of nothing but upstream's commit.
-STAND_IN = """#!/bin/sh
-echo "$1 begins ${2:-} $$" >>"$HOME/runs"
-%s
-commit=$(cat "$SERVER_UPDATE_BASE_URL/$1.git/refs/heads/main" 2>/dev/null || echo %s)
-tree=$SERVER_UPDATE_REPOS_DIR/$1
-mkdir -p "$tree/.git"
-echo "$commit" >"$tree/.git/new"
-mv "$tree/.git/new" "$tree/.git/HEAD"
-echo "$1 ends" >>"$HOME/runs"
-echo "$1 $commit -"
-"""
-
-
-def stand_in(slave, body="", text=None):
-    """Has `slave` run a script of our own in place of slave-activate from now on."""
-    path = slave.bin / "slave-activate.new"
-    path.write_text(text or STAND_IN % (body, ONE), encoding="utf-8")
-    path.chmod(0o755)
-    path.rename(slave.bin / "slave-activate")
-
-
-def runs(slave):
-    """The lines that stand-ins have noted."""
-    notes = slave.home / "runs"
-    return notes.read_text(encoding="utf-8").splitlines() if notes.exists() else []
-
-
-def wait_runs(slave, count, timeout=20):
-    wait_until(lambda: len(runs(slave)) >= count, timeout, what="%d notes of runs" % count)
-
-
-def record_file(slave, repo="hanuman"):
-    return json.loads((slave.state / (repo + ".json")).read_text(encoding="utf-8"))
-
-
 # -- never lost
-
-
-def kill_hard(slave):
-    """kill -9 of slave.py and of all that it has started."""
-    slave.kill()
-    for pid in processes_below(slave.home.parent):
-        try:
-            os.kill(pid, SIGKILL)
-        except ProcessLookupError:
-            pass
 
 
 def kill_rounds(slave, upstream, rounds, longest_s, seed):
@@ -446,14 +399,9 @@ def test_output_is_logged_in_bounded_lines(start_slave, upstream):
     assert "hanuman: \\x1b[2Jred\n" in slave.log()
     assert max(map(len, slave.log().splitlines())) < 8300
     stand_in(slave, text="#!/bin/sh\nyes 'error: the same again' | head -n 30000 >&2; exit 1\n")
-    before = rss_kib(slave)
+    before = rss_kib(slave.process.pid)
     assert slave.wait_update()["message"] == "the same again"
-    assert rss_kib(slave) - before < 3000
-
-
-def rss_kib(slave):
-    with open("/proc/%d/status" % slave.process.pid) as status:
-        return int(re.search(r"VmRSS:\s+(\d+)", status.read()).group(1))
+    assert rss_kib(slave.process.pid) - before < 3000
 
 
 def test_no_zombies_and_flat_memory(start_slave, upstream):
@@ -470,7 +418,7 @@ def test_no_zombies_and_flat_memory(start_slave, upstream):
         wait_until(lambda: processes_below(slave.home.parent) == [slave.process.pid], 5)
         folder = "/proc/%d/" % slave.process.pid
         wait_until(lambda: len(os.listdir(folder + "task")) == 1, 5, what="threads to end")
-        return rss_kib(slave), len(os.listdir(folder + "fd"))
+        return rss_kib(slave.process.pid), len(os.listdir(folder + "fd"))
 
     update(10)
     memory, files = measure()
@@ -526,22 +474,6 @@ def test_signals_while_stopping_are_503(start_slave, upstream):
     assert not (slave.state / "other.json").exists()
 
 
-def start_by_hand(slave, *args, **env):
-    """Runs slave.py until it ends by itself: (status, stderr, seconds)."""
-    began = time.monotonic()
-    run = subprocess.run(
-        slave.command + list(map(str, args)),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        timeout=10,
-        universal_newlines=True,
-        encoding="utf-8",
-        env=dict(os.environ, HOME=str(slave.home), **env),
-    )
-    return run.returncode, run.stderr, time.monotonic() - began
-
-
 def test_what_keeps_it_from_starting(start_slave, upstream, tmp_path):
     slave = start_slave()
     free = tmp_path / "free"
@@ -569,10 +501,10 @@ def test_what_keeps_it_from_starting(start_slave, upstream, tmp_path):
             "can't use '%s/.server-update': Not a directory" % (tmp_path / "file"),
         ),
         (
-            ["--port", 0, "--repos-dir", "/proc/nowhere"],
+            ["--port", 0, "--repos-dir", tmp_path / TOO_LONG],
             {},
             1,
-            "can't use '/proc/nowhere': No such file or directory",
+            "can't use '%s': File name too long" % (tmp_path / TOO_LONG),
         ),
         ([], {"SERVER_UPDATE_CONF": str(conf)}, 2, "%s:1: bad PORT '80x'" % conf),
         (["--port", "x"], {}, 2, "bad PORT 'x' (set by --port)"),
@@ -583,10 +515,10 @@ def test_what_keeps_it_from_starting(start_slave, upstream, tmp_path):
             "'%s' is a folder, not a file to serve" % tmp_path,
         ),
         (
-            ["--secret-file", "/nowhere"],
+            ["--secret-file", tmp_path / "none"],
             {},
             1,
-            "can't use '/nowhere': No such file or directory",
+            "can't use '%s': No such file or directory" % (tmp_path / "none"),
         ),
     ]
     for args, env, status, text in cases:

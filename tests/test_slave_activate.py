@@ -5,8 +5,8 @@ import shutil
 import subprocess
 
 import pytest
-from activate_support import Activate, git
-from upstream import wait_until
+from activate_support import git
+from processes import wait_until
 
 SHELLS = ["dash", "busybox ash", "bash"]
 BAD_REPOS = [
@@ -64,11 +64,6 @@ BAD_REFS = [
     "--normalize",
     "-",
 ]
-
-
-@pytest.fixture
-def activate(tmp_path, upstream):
-    return Activate(tmp_path, upstream.base_path)
 
 
 def test_it_says_what_is_live_now_and_what_was_before(activate, upstream):
@@ -191,10 +186,10 @@ def test_the_settings_file_is_read_as_text(activate, upstream, tmp_path, shell):
     repos = tmp_path / "home/my repos $(touch x)"
     write_conf(
         activate,
-        "# comment\n\n  BASE_URL = /nowhere \r\n\tBASE_URL='%s/'\r\n"
+        "# comment\n\n  BASE_URL = %s/none \r\n\tBASE_URL='%s/'\r\n"
         'REPOS_DIR=~/my repos $(touch x)\nHOOKS_DIR = "%s"\nPORT=80\nTLS_KEY=`touch y`\n'
         "SUBMODULES=maybe not here\n"
-        "SUBMODULES=no" % (upstream.base_path, activate.hooks),
+        "SUBMODULES=no" % (tmp_path, upstream.base_path, activate.hooks),
     )
     refused = activate("r", prefix=shell.split())
     assert (refused.status, refused.err) == (
@@ -232,9 +227,9 @@ def test_a_bad_setting_is_named_with_its_place(activate, text, complaint):
     assert not activate.repos.exists()
 
 
-def test_variables_win_and_empty_ones_are_not_set(activate, upstream):
+def test_variables_win_and_empty_ones_are_not_set(activate, upstream, tmp_path):
     repo = upstream.create("r")
-    write_conf(activate, "BASE_URL=/nowhere\nREPOS_DIR=%s\n" % activate.repos)
+    write_conf(activate, "BASE_URL=%s/none\nREPOS_DIR=%s\n" % (tmp_path, activate.repos))
     env = {"SERVER_UPDATE_BASE_URL": upstream.base_path, "SERVER_UPDATE_REPOS_DIR": ""}
     assert activate.good("r", env=env)[0] == repo.head()
     result = activate("r", env={"SERVER_UPDATE_SUBMODULES": "on"})
@@ -244,12 +239,12 @@ def test_variables_win_and_empty_ones_are_not_set(activate, upstream):
     )
 
 
-def test_a_settings_file_that_was_named_must_be_there(activate):
-    activate.settings = {"CONF": "/nowhere/slave.conf"}
+def test_a_settings_file_that_was_named_must_be_there(activate, tmp_path):
+    activate.settings = {"CONF": str(tmp_path / "none" / "slave.conf")}
     result = activate("r")
     assert (result.status, result.last) == (
         2,
-        "slave-activate: can't read '/nowhere/slave.conf'",
+        "slave-activate: can't read '%s/none/slave.conf'" % tmp_path,
     )
 
 

@@ -3,7 +3,6 @@
 import os
 import random
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -12,16 +11,12 @@ import time
 
 import pytest
 from activate_support import Activate, finish, git, snapshot
-from upstream import wait_until
+from processes import descendants, is_alive, kill, wait_until
+from product import need
 
 KILLS = 100  # kill -9 at random moments: of the shell, of its git, of the whole group
 TERMS = 20  # TERM at evenly spaced moments of a run
 SEED = 20240607
-
-
-@pytest.fixture
-def activate(tmp_path, upstream):
-    return Activate(tmp_path, upstream.base_path)
 
 
 def duration(activate):
@@ -32,24 +27,6 @@ def duration(activate):
         activate.good("r")
         times.append(time.monotonic() - start)
     return min(times)
-
-
-def descendants(pid):
-    """The processes that `pid` has started, and theirs."""
-    found = []
-    try:
-        with open("/proc/%d/task/%d/children" % (pid, pid)) as children:
-            found = [int(child) for child in children.read().split()]
-    except OSError:
-        pass
-    return found + [deeper for child in found for deeper in descendants(child)]
-
-
-def kill(pid, signum=signal.SIGKILL):
-    try:
-        os.kill(pid, signum)
-    except OSError:
-        pass
 
 
 def kill_shell(process, _):
@@ -108,14 +85,6 @@ def test_a_killed_shell_leaves_no_git_that_writes_later(activate, upstream, http
     process.stdout.close()
     process.stderr.close()
     wait_until(lambda: not [pid for pid in orphans if is_alive(pid)])
-
-
-def is_alive(pid):
-    try:
-        with open("/proc/%d/stat" % pid) as stat:
-            return stat.read().rsplit(")", 1)[1].split()[0] not in "ZX"
-    except OSError:
-        return False
 
 
 def check_term(activate, process, old, new, before):
@@ -356,13 +325,8 @@ STRACE = ["strace", "-f", "-qq", "-e", "signal=none"]
 RENAMES = "renameat2,rename,renameat"
 
 
-def needs_strace():
-    if not shutil.which("strace"):
-        pytest.skip("this needs strace")
-
-
 def test_all_is_flushed_before_the_exchange_and_the_folders_after_it(activate, upstream, tmp_path):
-    needs_strace()
+    need("strace")
     repo = upstream.create("r")
     activate.good("r")
     repo.commit({"new": "1"})
@@ -402,7 +366,7 @@ class Watcher(threading.Thread):
 
 
 def test_where_exchange_is_refused_two_renames_do_it(activate, upstream):
-    needs_strace()
+    need("strace")
     repo = upstream.create("r")
     first, _ = activate.good("r")
     second = repo.commit({"new": "1"})
@@ -417,7 +381,7 @@ def test_where_exchange_is_refused_two_renames_do_it(activate, upstream):
 
 def test_a_failing_second_rename_puts_the_old_tree_back(activate, upstream, tmp_path):
     """The first rename(2) of NEW to LIVE fails, after LIVE was moved aside."""
-    needs_strace()
+    need("strace")
     repo = upstream.create("r")
     first, _ = activate.good("r")
     before = snapshot(activate.live())
@@ -435,7 +399,7 @@ def test_a_failing_second_rename_puts_the_old_tree_back(activate, upstream, tmp_
 
 
 def test_a_kill_between_the_two_renames_is_mended(activate, upstream):
-    needs_strace()
+    need("strace")
     repo = upstream.create("r")
     first, _ = activate.good("r")
     second = repo.commit({"new": "1"})

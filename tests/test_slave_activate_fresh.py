@@ -5,12 +5,7 @@ import shutil
 import subprocess
 
 import pytest
-from activate_support import Activate, assert_fresh, git, snapshot
-
-
-@pytest.fixture
-def activate(tmp_path, upstream):
-    return Activate(tmp_path, upstream.base_path)
+from activate_support import assert_fresh, git, snapshot
 
 
 @pytest.fixture

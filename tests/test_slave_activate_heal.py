@@ -12,11 +12,6 @@ SLOW = "slave-activate: can't reuse the old clone, cloning without it: "
 
 
 @pytest.fixture
-def activate(tmp_path, upstream):
-    return Activate(tmp_path, upstream.base_path)
-
-
-@pytest.fixture
 def live(activate, upstream):
     """A live clone with two packs; its folder."""
     repo = upstream.create("r", {"f": "1", "big": "".join(map(str, range(5000)))})
@@ -130,7 +125,7 @@ def become_symlink(live):
 
 def become_dangling_symlink(live):
     shutil.rmtree(str(live))
-    live.symlink_to("/nowhere")
+    live.symlink_to(str(live.parent / "none"))
 
 
 def become_foreign(live):
@@ -310,7 +305,7 @@ def test_what_a_killed_run_left_is_swept(activate, upstream, live):
     aside.mkdir()
     activate.good("r")
     new.write_text("")
-    aside.symlink_to("/nowhere")
+    aside.symlink_to(str(activate.home / "none"))
     activate.good("r")
     old = activate.head()
     live.rename(aside)

@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from activate_support import Activate, assert_fresh, git
+from activate_support import assert_fresh, git
 
 # An update takes some 0.1 s; ACTIVATE_UPDATES=1000 runs the whole promise (docs/promises.md).
 UPDATES = int(os.environ.get("ACTIVATE_UPDATES") or 60)
@@ -47,11 +47,6 @@ while not os.path.exists(stop):
         os.close(folder)
 print(json.dumps(seen))
 """
-
-
-@pytest.fixture
-def activate(tmp_path, upstream):
-    return Activate(tmp_path, upstream.base_path)
 
 
 def both(text):

@@ -14,8 +14,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from test_slave import rss_kib, stand_in
-from upstream import wait_until
+from processes import rss_kib, wait_until
+from slave_support import stand_in
 
 DRIPPERS = 300  # connections that send a header's byte a second
 SILENT = 50  # connections that never send anything
@@ -212,7 +212,7 @@ def test_a_hostile_network(start_slave, tmp_path):
     slave = start_slave()
     stand_in(slave)
     slave.wait_update()
-    before, memory, slowest = set(tmp_path.rglob("*")), rss_kib(slave), 0
+    before, memory, slowest = set(tmp_path.rglob("*")), rss_kib(slave.process.pid), 0
     crowd = Crowd(slave.port)
     try:
         wait_until(lambda: crowd.drops > 20, 20, what="a full house")
@@ -229,7 +229,7 @@ def test_a_hostile_network(start_slave, tmp_path):
     finally:
         crowd.stop()
     assert slowest < LATEST_S
-    assert rss_kib(slave) - memory < MAX_GROWTH_KIB
+    assert rss_kib(slave.process.pid) - memory < MAX_GROWTH_KIB
     assert not wrong, wrong[:3]
     new = {str(path) for path in set(tmp_path.rglob("*")) - before}
     assert not [path for path in new if str(slave.home / "repos") not in path], (

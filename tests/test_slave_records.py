@@ -6,7 +6,8 @@ import re
 import subprocess
 
 import pytest
-from conftest import ROOT, load
+from product import ROOT, load
+
 
 slave = load("slave.py")
 ONE, TWO = "1" * 40, "2" * 64

@@ -1,11 +1,8 @@
 """Who may ask slave.py for what: signatures, addresses, names, TLS."""
 
-import hashlib
-import hmac
 import http.client
 import json
 import os
-import random
 import re
 import shutil
 import socket
@@ -16,30 +13,23 @@ from concurrent.futures import ThreadPoolExecutor
 from signal import SIGHUP
 
 import pytest
-from conftest import ROOT
-from test_slave import ONE, runs, stand_in, start_by_hand, wait_runs
-from upstream import wait_until
+from certificates import Authority
+from processes import wait_until
+from product import ROOT
+from slave_support import (
+    ONE,
+    SECRET,
+    make_secret,
+    runs,
+    signature,
+    stand_in,
+    start_by_hand,
+    wait_runs,
+)
 
-SECRET = "a secret that nobody knows"
 OTHER = "another one, for the change"
 NEW_SECRET = "(umask 077; openssl rand -hex 32 >{0})"
 DIFFERENT = {"error": "signature missing or wrong"}
-
-
-def make_secret(path, *lines):
-    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    path.chmod(0o600)
-    return path
-
-
-def signature(target, secret=SECRET, method="GET", when=None, nonce=None):
-    """The header, made without any of the product's code."""
-    if not isinstance(when, str):
-        when = str(int(time.time() if when is None else when))
-    nonce = nonce or "%032x" % random.getrandbits(128)
-    text = "\n".join(["server-update-1", method, target, when, nonce]).encode()
-    mac = hmac.new(secret.encode(), text, hashlib.sha256).hexdigest()
-    return {"X-Server-Update-Signature": "t=%s,n=%s,s=%s" % (when, nonce, mac)}
 
 
 @pytest.fixture
@@ -304,101 +294,6 @@ def test_allow_repos(start_slave):
 # -- TLS
 
 
-def openssl(*args, **kwargs):
-    subprocess.run(
-        ["openssl", *map(str, args)],
-        check=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        **kwargs,
-    )
-
-
-class Authority:
-    """A private certificate authority, made with the openssl command."""
-
-    def __init__(self, folder):
-        if not shutil.which("openssl"):
-            pytest.skip("no openssl command")
-        folder.mkdir()
-        self.folder, self.cert, self.key = folder, folder / "ca.pem", folder / "ca.key"
-        openssl(
-            "req",
-            "-x509",
-            "-newkey",
-            "ec",
-            "-pkeyopt",
-            "ec_paramgen_curve:prime256v1",
-            "-nodes",
-            "-keyout",
-            self.key,
-            "-out",
-            self.cert,
-            "-days",
-            "9",
-            "-subj",
-            "/CN=test authority",
-            "-addext",
-            "keyUsage=critical,keyCertSign",
-        )
-
-    def issue(self, name, host="IP:127.0.0.1", start="20200101000000Z", end="20991231235959Z"):
-        """A file with a certificate for `host` and its key."""
-        key, request, pem = (self.folder / (name + end_) for end_ in (".key", ".csr", ".pem"))
-        openssl(
-            "req",
-            "-new",
-            "-newkey",
-            "ec",
-            "-pkeyopt",
-            "ec_paramgen_curve:prime256v1",
-            "-nodes",
-            "-keyout",
-            key,
-            "-out",
-            request,
-            "-subj",
-            "/CN=" + name,
-        )
-        conf = self.folder / (name + ".cnf")
-        conf.write_text(
-            "[ca]\ndefault_ca=a\n[a]\ndatabase={0}/db\nnew_certs_dir={0}\nserial={0}/serial\n"
-            "default_md=sha256\npolicy=p\nunique_subject=no\n[p]\ncommonName=supplied\n"
-            "[e]\nsubjectAltName={1}\n".format(self.folder, host)
-        )
-        (self.folder / "db").touch()
-        openssl(
-            "ca",
-            "-batch",
-            "-config",
-            conf,
-            "-extensions",
-            "e",
-            "-create_serial",
-            "-notext",
-            "-cert",
-            self.cert,
-            "-keyfile",
-            self.key,
-            "-in",
-            request,
-            "-out",
-            pem,
-            "-startdate",
-            start,
-            "-enddate",
-            end,
-        )
-        with open(str(pem), "a") as handle:
-            handle.write(key.read_text())
-        return pem
-
-
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory):
-    return Authority(tmp_path_factory.mktemp("tls") / "ca")
-
-
 def https(slave, target, authority, host="127.0.0.1", **limits):
     """An answer over TLS from a client that trusts the authority only: (status, body)."""
     context = ssl.create_default_context(cafile=str(authority.cert))
@@ -510,7 +405,7 @@ def test_a_bad_certificate_keeps_it_from_starting(start_slave, authority, tmp_pa
     free = tmp_path / "free"
     for args in (
         ["--tls-cert", tmp_path / "bad.pem"],
-        ["--tls-cert", "/nowhere.pem"],
+        ["--tls-cert", tmp_path / "none.pem"],
         ["--tls-cert", authority.issue("mixed"), "--tls-key", tmp_path / "key.pem"],
     ):
         status, stderr, seconds = start_by_hand(slave, "--port", 0, "--repos-dir", free, *args)

@@ -3,7 +3,7 @@
 import time
 
 import pytest
-from conftest import ROOT
+from product import ROOT
 
 LIMIT_10K_S = 0.2
 

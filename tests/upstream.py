@@ -2,11 +2,9 @@
 
 import http.server
 import os
-import shutil
 import socket
 import subprocess
 import threading
-import time
 from pathlib import Path
 
 FIRST_COMMIT_S = 1700000000  # commits are a second apart, so that every one has a hash of its own
@@ -329,24 +327,3 @@ class HttpUpstream(http.server.ThreadingHTTPServer):
         self.released.set()
         self.shutdown()
         self.server_close()
-
-
-def wait_until(true, timeout=10, every=0.01, what="it"):
-    """Wait until true() is; its value. For what sends no event: a file, another process."""
-    end = time.monotonic() + timeout
-    while True:
-        value = true()
-        if value:
-            return value
-        if time.monotonic() > end:
-            raise AssertionError("%s did not come true within %s s" % (what, timeout))
-        time.sleep(every)
-
-
-def copy_scripts(root, folder, *names):
-    """Copy scripts into `folder` (made if missing), as an installer would; the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        shutil.copy(str(root / name), str(folder / name))
-        (folder / name).chmod(0o755)
-    return folder

@@ -6,8 +6,8 @@ import subprocess
 import threading
 import time
 
-from conftest import processes_below, wait_until
 from fleet import REPO
+from processes import processes_below, wait_until
 
 ENDED = ("live", "failed")
 STATE_FILES = {REPO + ".json", REPO + ".lock"}

@@ -3,18 +3,17 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
+from processes import kill_all_below
+from product import PYTHON, SOURCES, copy_scripts
+from proxy import Proxy, ProxyLoop
+from slave_support import Slave, stop_for_good
+from upstream import HttpUpstream, Upstream
+
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-
-from conftest import PYTHON, SOURCES, Slave, kill_all_below, stop_for_good  # noqa: E402
-from proxy import Proxy, ProxyLoop  # noqa: E402
-from upstream import HttpUpstream, Upstream, copy_scripts  # noqa: E402
-
 REPO = "site"
 SMALL_DISK_BYTES = 4 * 1024 * 1024
 MASTER_OPTIONS = ["--json", "--timeout", "12", "--connect-timeout", "1", "--retries", "1"]

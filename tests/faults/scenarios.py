@@ -13,10 +13,11 @@ import threading
 import time
 
 from checker import git
-from conftest import PYTHON, Slave, kill_all_below, processes_below, stop_for_good
-from plain_slave import refusing_entry
-from schedule import kill
-from upstream import HttpUpstream, Upstream, copy_scripts, wait_until
+from farm import refusing_entry
+from processes import kill, kill_all_below, processes_below, wait_until
+from product import PYTHON, copy_scripts
+from slave_support import Slave, stop_for_good
+from upstream import HttpUpstream, Upstream
 
 READER_UPDATES = 12
 LONG_AGO_S = -86400

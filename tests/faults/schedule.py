@@ -13,18 +13,12 @@ import signal
 import time
 from collections import namedtuple
 
-from conftest import processes_below
+from processes import kill, processes_below
 
 # at: seconds from the round's start; slave: its index
 Event = namedtuple("Event", "at kind slave lasts seed")
 GARBAGE = [b"", b"{", b"\0" * 200, b"[]", b"null", b"\xff\xfe", b"[" * 5000, b'{"repo": 1}',
            b'{"repo": "site", "update": "x"}']
-
-
-def kill(pid, number):
-    """Signal a process that may be gone already."""
-    with contextlib.suppress(OSError):
-        os.kill(pid, number)
 
 
 def parents():

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from checker import Violation  # noqa: E402
 from fleet import Fleet  # noqa: E402
+from product import PYTHON  # noqa: E402
 from rounds import run_round  # noqa: E402
 
 SLAVES = 20
@@ -30,7 +31,7 @@ def prepare(folder):
     """The environment that the tests have: nothing of the caller's, a home, this Python."""
     conftest.pytest_configure(None)
     (folder / "python").mkdir()
-    (folder / "python" / "python3").symlink_to(conftest.PYTHON)
+    (folder / "python" / "python3").symlink_to(PYTHON)
     (folder / "home").mkdir()
     os.environ.update(HOME=str(folder / "home"),
                       PATH=str(folder / "python") + os.pathsep + os.environ["PATH"])

@@ -10,9 +10,8 @@ from collections import namedtuple
 
 import pytest
 import scenarios
-from conftest import ROOT
+from product import ROOT, copy_scripts
 from scenarios import Place
-from upstream import copy_scripts
 
 SCRIPTS = ("server-update", "slave.py", "slave-activate")
 # What a scenario raises when it meets a broken product.

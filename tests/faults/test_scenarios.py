@@ -2,7 +2,7 @@
 import shutil
 
 import pytest
-from conftest import SOURCES
+from product import SOURCES
 from scenarios import SCENARIOS, Place
 
 NEEDS_STRACE = {"accepted_is_on_disk_before_the_answer", "a_clone_is_on_disk_before_it_goes_live"}

@@ -1,0 +1,72 @@
+"""Other processes: wait for what they do, find them, look at them, end them."""
+
+import os
+import re
+import time
+from signal import SIGKILL
+
+
+def wait_until(true, timeout=10, every=0.01, what="it"):
+    """Wait until true() is; its value. For what sends no event: a file, another process."""
+    end = time.monotonic() + timeout
+    while True:
+        value = true()
+        if value:
+            return value
+        if time.monotonic() > end:
+            raise AssertionError("%s did not come true within %s s" % (what, timeout))
+        time.sleep(every)
+
+
+def processes_below(folder):
+    """The processes whose environment has a HOME below `folder`: a slave's descendants."""
+    found, mark = [], os.fsencode(str(folder)) + b"/"
+    for entry in os.listdir("/proc"):
+        if entry.isdigit() and int(entry) != os.getpid():
+            try:
+                with open("/proc/%s/environ" % entry, "rb") as environ:
+                    if b"HOME=" + mark in environ.read():
+                        found.append(int(entry))
+            except OSError:
+                pass  # gone, or somebody else's
+    return found
+
+
+def descendants(pid):
+    """The processes that `pid` has started, and theirs, as far as their parents live."""
+    found = []
+    try:
+        with open("/proc/%d/task/%d/children" % (pid, pid)) as children:
+            found = [int(child) for child in children.read().split()]
+    except OSError:
+        pass
+    return found + [deeper for child in found for deeper in descendants(child)]
+
+
+def is_alive(pid):
+    """Whether a process runs; one that has ended and isn't reaped yet does not."""
+    try:
+        with open("/proc/%d/stat" % pid) as stat:
+            return stat.read().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def rss_kib(pid):
+    """The memory that a process holds, in KiB."""
+    with open("/proc/%d/status" % pid) as status:
+        return int(re.search(r"VmRSS:\s+(\d+)", status.read()).group(1))
+
+
+def kill(pid, number=SIGKILL):
+    """Signal a process that may be gone already."""
+    try:
+        os.kill(pid, number)
+    except OSError:
+        pass
+
+
+def kill_all_below(folder):
+    """kill -9 of what processes_below finds."""
+    for pid in processes_below(folder):
+        kill(pid)

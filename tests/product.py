@@ -1,0 +1,43 @@
+"""The scripts under test: where they are, loaded as a module, copied as by an installer."""
+
+import importlib.util
+import os
+import re
+import shutil
+import sys
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = Path(
+    os.environ.get("SERVER_UPDATE_SOURCES", str(ROOT))
+)  # broken copies, see tests/faults
+PYTHON = os.path.realpath(sys.executable)  # the scripts run under the Python that runs the tests
+SERVER_UPDATE = [PYTHON, "-I", str(SOURCES / "server-update")]
+
+
+def load(name):
+    """The script `name` of the checkout as a module, fresh each time, whatever its extension."""
+    loader = SourceFileLoader(re.sub(r"\W", "_", name.replace(".py", "")), str(SOURCES / name))
+    spec = importlib.util.spec_from_loader(loader.name, loader)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[loader.name] = module  # dataclasses look their module up
+    loader.exec_module(module)
+    return module
+
+
+def copy_scripts(root, folder, *names):
+    """Copy scripts into `folder` (made if missing), as an installer would; the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        shutil.copy(str(root / name), str(folder / name))
+        (folder / name).chmod(0o755)
+    return folder
+
+
+def need(tool):
+    """Leave this test out, with that reason, where there is no such command."""
+    if not shutil.which(tool):
+        pytest.skip("no %s here" % tool)

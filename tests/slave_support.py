@@ -1,0 +1,225 @@
+"""The real slave.py in a process of its own, stand-ins for slave-activate, and signed requests."""
+
+import hashlib
+import hmac
+import http.client
+import json
+import os
+import random
+import re
+import subprocess
+import time
+from pathlib import Path
+from signal import SIGCONT, SIGTERM
+
+from processes import kill_all_below, wait_until
+from product import PYTHON, SOURCES, copy_scripts
+
+START_TIMEOUT_S = 15
+SECRET = "a secret that nobody knows"
+ONE = "1" * 40  # the commit that a stand-in puts live where upstream has none
+# A slave-activate that notes when it runs and makes a clone of nothing but upstream's commit.
+STAND_IN = """#!/bin/sh
+echo "$1 begins ${2:-} $$" >>"$HOME/runs"
+%s
+commit=$(cat "$SERVER_UPDATE_BASE_URL/$1.git/refs/heads/main" 2>/dev/null || echo %s)
+tree=$SERVER_UPDATE_REPOS_DIR/$1
+mkdir -p "$tree/.git"
+echo "$commit" >"$tree/.git/new"
+mv "$tree/.git/new" "$tree/.git/HEAD"
+echo "$1 ends" >>"$HOME/runs"
+echo "$1 $commit -"
+"""
+
+
+class Slave:
+    """The real slave.py beside the real slave-activate, with a process and a home of its own."""
+
+    def __init__(self, folder, settings, args=(), env=None, sources=SOURCES):
+        self.bin = copy_scripts(sources, folder / "bin", "slave.py", "slave-activate")
+        self.command = [PYTHON, "-I", str(self.bin / "slave.py")]
+        self.args, self.env = list(map(str, args)), dict(env or {})
+        self.home, self.hooks = folder / "home", folder / "hooks"
+        self.home.mkdir()
+        self.hooks.mkdir()
+        self.conf, self.log_file = folder / "slave.conf", folder / "log"
+        self.settings = dict({"PORT": 0, "BIND": "127.0.0.1", "HOOKS_DIR": self.hooks}, **settings)
+        self.repos = Path(self.settings.get("REPOS_DIR") or self.home / "repos")
+        self.state = self.repos / ".server-update"
+        self.process = self.port = None
+
+    def start(self, wait=True):
+        """Start it (again, then on the port that it had); with `wait`, until it listens."""
+        self.conf.write_text(
+            "".join("%s=%s\n" % item for item in self.settings.items()), encoding="utf-8"
+        )
+        before = len(self.log())
+        env = dict(
+            os.environ,
+            HOME=str(self.home),
+            SERVER_UPDATE_CONF=str(self.conf),
+            PATH=str(self.bin) + os.pathsep + os.environ["PATH"],
+        )
+        env.update(self.env)
+        with self.log_file.open("ab") as log:
+            self.process = subprocess.Popen(
+                self.command + self.args,
+                env=env,
+                cwd=str(self.home),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        if wait:
+            self.port = int(
+                wait_until(
+                    lambda: self._listening(before), START_TIMEOUT_S, what="slave.py listening"
+                ).group(1)
+            )
+            self.settings["PORT"] = self.port
+        return self
+
+    def _listening(self, before):
+        new = self.log()[before:]
+        if self.process.poll() is not None:
+            raise AssertionError("slave.py ended with %s:\n%s" % (self.process.returncode, new))
+        return re.search(r"listening on port (\d+)", new)
+
+    @property
+    def url(self):
+        """http://127.0.0.1:PORT"""
+        return "http://127.0.0.1:%d" % self.port
+
+    def log(self):
+        """All that it has logged so far, over its restarts."""
+        return (
+            self.log_file.read_text(encoding="utf-8", errors="replace")
+            if self.log_file.exists()
+            else ""
+        )
+
+    def get(self, path, headers=None, method="GET", timeout=40):
+        """One request on a connection of its own: (status, headers, body as bytes)."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
+        try:
+            connection.request(method, path, headers=headers or {})
+            answer = connection.getresponse()
+            return answer.status, answer.headers, answer.read()
+        finally:
+            connection.close()
+
+    def json(self, path, status=200, **kwargs):
+        """The JSON answer, which must have that status."""
+        got, _, body = self.get(path, **kwargs)
+        assert got == status, "%s: %d %r" % (path, got, body)
+        return json.loads(body.decode("utf-8"))
+
+    def signal(self, repo="hanuman", ref=None):
+        """Ask for an update, which must be accepted; its id."""
+        return self.json("/?repo=%s%s" % (repo, "&ref=" + ref if ref else ""), status=202)[
+            "update"
+        ]
+
+    def wait_update(self, repo="hanuman", update=None, timeout=60):
+        """Signal if no update id is given; wait for its end; the record."""
+        update = self.signal(repo) if update is None else update
+        end = time.monotonic() + timeout
+        while time.monotonic() < end:
+            record = self.json("/status?repo=%s&update=%s&wait=20" % (repo, update))
+            if record["state"] in ("live", "failed"):
+                return record
+        raise AssertionError("update %s of %s did not end: %s" % (update, repo, record))
+
+    def kill(self):
+        """kill -9 of slave.py alone; what it started lives on."""
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self, signum=SIGTERM, timeout=20):
+        """Stop it cleanly; its exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(signum)
+        return self.process.wait(timeout)
+
+
+def stop_for_good(*slaves):
+    """End slaves and whatever they have started, however a test left them; all at a time."""
+    running = [slave for slave in slaves if slave.process and slave.process.poll() is None]
+    for number in (SIGCONT, SIGTERM):
+        for slave in running:
+            slave.process.send_signal(number)
+    for slave in running:
+        try:
+            slave.process.wait(15)
+        except subprocess.TimeoutExpired:
+            slave.kill()
+    for slave in slaves:
+        kill_all_below(slave.bin.parent)
+
+
+def kill_hard(slave):
+    """kill -9 of slave.py and of all that it has started."""
+    slave.kill()
+    kill_all_below(slave.home.parent)
+
+
+def start_by_hand(slave, *args, **env):
+    """Runs slave.py until it ends by itself: (status, stderr, seconds)."""
+    began = time.monotonic()
+    run = subprocess.run(
+        slave.command + list(map(str, args)),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        timeout=10,
+        universal_newlines=True,
+        encoding="utf-8",
+        env=dict(os.environ, HOME=str(slave.home), **env),
+    )
+    return run.returncode, run.stderr, time.monotonic() - began
+
+
+# -- stand-ins for slave-activate
+
+
+def stand_in(slave, body="", text=None):
+    """Has `slave` run a script of our own in place of slave-activate from now on."""
+    path = slave.bin / "slave-activate.new"
+    path.write_text(text or STAND_IN % (body, ONE), encoding="utf-8")
+    path.chmod(0o755)
+    path.rename(slave.bin / "slave-activate")
+
+
+def runs(slave):
+    """The lines that stand-ins have noted."""
+    notes = slave.home / "runs"
+    return notes.read_text(encoding="utf-8").splitlines() if notes.exists() else []
+
+
+def wait_runs(slave, count, timeout=20):
+    wait_until(lambda: len(runs(slave)) >= count, timeout, what="%d notes of runs" % count)
+
+
+def record_file(slave, repo="hanuman"):
+    return json.loads((slave.state / (repo + ".json")).read_text(encoding="utf-8"))
+
+
+# -- secrets
+
+
+def make_secret(path, *lines, mode=0o600):
+    """A file with these secrets, a line each; its path."""
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    path.chmod(mode)
+    return path
+
+
+def signature(target, secret=SECRET, method="GET", when=None, nonce=None):
+    """The header, made without any of the product's code."""
+    if not isinstance(when, str):
+        when = str(int(time.time() if when is None else when))
+    nonce = nonce or "%032x" % random.getrandbits(128)
+    text = "\n".join(["server-update-1", method, target, when, nonce]).encode()
+    mac = hmac.new(secret.encode(), text, hashlib.sha256).hexdigest()
+    return {"X-Server-Update-Signature": "t=%s,n=%s,s=%s" % (when, nonce, mac)}

@@ -1,0 +1,205 @@
+"""server-update on networks that are slow, mute, misleading or hostile."""
+
+import socket
+import subprocess
+import threading
+import time
+
+import pytest
+from farm import Answer, Farm, accepted, drip, error, hold, http, mute, raw, silent_port, updates
+from processes import wait_until
+from product import PYTHON, SERVER_UPDATE
+from update_support import run_in_process
+
+OVERRUN_S = 1.0  # beyond --timeout, until the last connection is gone
+CHUNKED = b"HTTP/1.1 202 Accepted\r\nTransfer-Encoding: chunked\r\n\r\n"
+BODY = b'{"repo": "hanuman", "update": 1, "state": "queued", "ref": null}'
+
+
+def accepted_after(delay_s):
+    return Answer(((delay_s, accepted().parts[0][1]),), "close")
+
+
+def test_a_dripped_answer_does_not_outlive_its_time(farm, update):
+    """The connection of a slave that never gets to its end is closed, while others go on."""
+    slow = farm.add(drip(b"HTTP/1.1 202 Accepted\r\n" + b"X: y\r\n" * 1000, 0.05))
+    last = farm.add(updates(3))
+    begun, closed = time.monotonic(), []
+
+    def watch():
+        wait_until(lambda: farm.signals[slow.split(":")[0]], 10, what="the signal")
+        wait_until(lambda: farm.signals[last.split(":")[0]], 10, what="the other signal")
+        wait_until(lambda: len(farm.open) <= 1, 10, what="the slow one being closed")
+        closed.append(time.monotonic() - begun)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    done = update([slow, last], "--json", "--timeout", "1.5", "--batch", "1", "--max-fail", "9")
+    watcher.join(15)
+    assert done.outcomes == {slow: "unreachable", last: "timeout"}
+    assert closed and closed[0] < 1.5 + OVERRUN_S + 1
+
+
+@pytest.mark.parametrize(("lives", "mutes", "options"), [(1, 3, ["--parallel=1"]), (20, 600, [])])
+def test_mute_slaves_keep_nobody_from_being_asked(farm, update, lives, mutes, options):
+    """Outcomes are asked for before further signals are sent, and have threads of their own."""
+    live = [farm.add(updates()) for _ in range(lives)]
+    silent = [farm.add(mute) for _ in range(mutes)]
+    done = update(live + silent, "--json", "--retries=0", "--timeout=3", *options)
+    assert {done.outcomes[entry] for entry in live} == {"live"}
+    assert {done.outcomes[entry] for entry in silent} == {"unreachable"}
+    assert max(result["seconds"] for result in done.results.values()) < 3 + OVERRUN_S
+
+
+def test_slaves_mute_after_the_signal_keep_nobody_from_being_signalled(farm, update):
+    """Their polls hold threads until --timeout: there are others for signals."""
+
+    def later_mute(request):
+        is_poll = request.path.startswith("/status")
+        return hold(request) if is_poll else accepted_after(0.5)
+
+    mutes = [farm.add(later_mute) for _ in range(16)]
+    live = [farm.add(updates()) for _ in range(8)]
+    done = update(mutes + live, "--json", "--parallel=2", "--timeout=12")
+    assert done.summary["outcomes"] == {"live": 8, "timeout": 16}
+    begun = {entry: farm.begun[entry.partition(":")[0]] for entry in mutes + live}
+    assert max(begun.values()) - min(begun.values()) < 11
+
+
+def test_no_more_in_flight_than_parallel_where_some_stall(farm, update):
+    """The place of one that stalled is not given to more than one."""
+    entries = [farm.add(lambda request: accepted_after(1.3)) for _ in range(40)]
+    done = update(entries, "--json", "--parallel=4", "--no-wait")
+    assert done.summary["outcomes"] == {"signalled": 40}
+    times = sorted(farm.begun[entry.partition(":")[0]] for entry in entries)
+    assert max(sum(time < other < time + 0.9 for other in times) for time in times) < 4
+
+
+def test_a_short_timeout_is_no_reason_not_to_ask(server_update, monkeypatch, farm, capsys):
+    """So many slaves that each would be asked every 10 s are asked before their time is up."""
+    monkeypatch.setattr(server_update, "POLLS_PER_S", 1)
+    entries, options = [farm.add(updates(0.2)) for _ in range(10)], ["--timeout=4", "--parallel=8"]
+    assert run_in_process(server_update, monkeypatch, entries, *options) == 0
+    assert "hanuman: 10 live of 10" in capsys.readouterr().out
+
+
+def test_interim_answers_are_passed_over(farm, update):
+    """RFC 9110, 15.2: any number of 1xx may come before the answer."""
+    interim = b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\nHTTP/1.1 102 Processing\r\n\r\n"
+    final = http("202 Accepted", BODY.decode())
+    early, only = farm.add(raw(interim + final)), farm.add(raw(interim))
+    done = update([early, only], "--json", "--no-wait", "--retries=0")
+    assert done.outcomes == {early: "signalled", only: "unreachable"}
+
+
+def test_a_chunk_of_negative_size_is_not_read_for_ever(farm, update):
+    """http.client takes it for all that comes: that would be 200 MB here."""
+    entry = farm.add(raw(CHUNKED + b"-1\r\n" + b"x" * (200 << 20), "stays"))
+    slavelist = "http://%s/" % entry
+    code = (
+        "import resource, subprocess, sys\n"
+        "subprocess.run(sys.argv[1:], input=%r, stdout=subprocess.DEVNULL)\n"
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)" % slavelist.encode()
+    )
+    command = [*SERVER_UPDATE, "--list=-", "--retries=0", "x"]
+    most = subprocess.check_output([PYTHON, "-c", code, *command], timeout=60)
+    assert farm.requests and int(most) < 80 * 1024
+
+
+def test_a_slow_look_up_and_a_mute_slave(server_update, monkeypatch, farm, capsys):
+    """The look-up of a name takes longer than its slave has: it sends no signal any more."""
+    slow, live = farm.add(mute), [farm.add(updates()) for _ in range(4)]
+    lookup = socket.getaddrinfo
+
+    def slowly(host, *args):
+        if host == "slow.example":
+            time.sleep(3)
+            host = slow.partition(":")[0]
+        return lookup(host, *args)
+
+    monkeypatch.setattr(socket, "getaddrinfo", slowly)
+    entries, begun = ["slow.example:%d" % farm.port, *live], time.monotonic()
+    options = ["--timeout=2", "--parallel=1", "--retries=1", "--json"]
+    assert run_in_process(server_update, monkeypatch, entries, *options) == 1
+    assert time.monotonic() - begun < 10
+    assert capsys.readouterr().out.count('"outcome": "live"') == len(live)
+    time.sleep(2)  # until the look-up is over
+    assert not farm.signals[slow.partition(":")[0]]
+    assert not farm.open
+
+
+def test_addresses_of_one_name_share_the_time(server_update, monkeypatch, farm, capsys):
+    """A name with a dead address before the living one: it is reached, within the time."""
+    silent, keep = silent_port()
+    live = farm.add(updates())
+    lookup = socket.getaddrinfo
+
+    def both(host, port, *args, **kwargs):
+        if host != "two.example":
+            return lookup(host, port, *args, **kwargs)
+        return [
+            (2, 1, 6, "", ("127.78.0.1", silent)),
+            (2, 1, 6, "", (live.split(":")[0], farm.port)),
+        ]
+
+    monkeypatch.setattr(socket, "getaddrinfo", both)
+    begun = time.monotonic()
+    code = run_in_process(
+        server_update,
+        monkeypatch,
+        ["two.example:%d" % farm.port],
+        "--json",
+        "--connect-timeout",
+        "1",
+        "--retries",
+        "0",
+        "--no-wait",
+    )
+    assert code == 0, capsys.readouterr()
+    assert time.monotonic() - begun < 1
+    del keep
+
+
+def test_a_name_look_up_that_hangs_is_given_up(server_update, monkeypatch, farm, capsys):
+    hang, lookup = threading.Event(), socket.getaddrinfo
+
+    def slow(host, *args, **kwargs):
+        if host == "slow.example":
+            hang.wait(20)
+        return lookup(host, *args, **kwargs)
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    begun = time.monotonic()
+    try:
+        code = run_in_process(
+            server_update,
+            monkeypatch,
+            ["slow.example", farm.add(updates())],
+            "--json",
+            "--timeout",
+            "1",
+        )
+        assert time.monotonic() - begun < 1 + OVERRUN_S
+        assert code == 1
+        assert capsys.readouterr().out.count('"outcome": "unreachable"') == 1
+    finally:
+        hang.set()
+
+
+@pytest.mark.parametrize("name", ["http_proxy", "HTTP_PROXY", "https_proxy", "all_proxy"])
+def test_a_proxy_of_the_environment_changes_nothing(farm, update, name):
+    proxy = Farm()
+    try:
+        entry = farm.add(updates())
+        done = update([entry], "--json", env={name: "http://127.0.0.1:%d" % proxy.port})
+        assert done.outcomes == {entry: "live"}
+        assert not proxy.requests
+    finally:
+        proxy.close()
+
+
+def test_a_redirect_is_not_followed(farm, update):
+    target = farm.add(updates())
+    entry = farm.add(error("302 Found", headers="Location: http://%s/?repo=hanuman\r\n" % target))
+    assert update([entry], "--json").outcomes == {entry: "refused"}
+    assert not farm.signals[target.split(":")[0]]
