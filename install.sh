@@ -757,9 +757,17 @@ write_conf() {
 
 make_repos_dir() {
   if [ -z "$DESTDIR" ] && [ ! -d "$repos" ]; then
-    act make made "$repos" \
-      install -d -o "$user" -g "$(id -g "$user")" "$repos"
+    act make made "$repos" make_folder_of_user "$repos"
   fi
+}
+
+# Not by install(1), which not every busybox has. Who owns the folder above it can put a link in
+# its place meanwhile: that, and not what it leads to, would be given away (-h).
+# shellcheck disable=SC2317 # act calls it
+make_folder_of_user() { # FOLDER
+  mkdir -p "$1.new" || return
+  chown -h "$user:$(id -g "$user")" "$1.new" || return
+  mv "$1.new" "$1"
 }
 
 say_what_runs() {

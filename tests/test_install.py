@@ -320,6 +320,20 @@ def test_without_root_from_nothing_to_an_update(installer, as_user, upstream, tm
     }
 
 
+@pytest.mark.parametrize("shell", SHELLS)
+def test_the_clones_folder_is_made_without_the_install_program(
+    installer, as_user, tmp_path, shell
+):
+    env = dict(tools_without(tmp_path / "tools", "install"), HOME=str(tmp_path))
+    args = ["slave", "--prefix", str(tmp_path / "own"), "--repos", str(tmp_path / "a/my repos")]
+    out = installer.check(*args, staged=False, before=as_user, env=env, shell=shell)
+    assert "\nmade %s/a/my repos\n" % tmp_path in out
+    assert os.listdir(str(tmp_path / "a")) == ["my repos"]
+    assert folder_modes(tmp_path / "a") == {0o755}
+    out = installer.check(*args, staged=False, before=as_user, env=env, shell=shell)
+    assert out.endswith("Nothing had to be changed in %s/own.\n" % tmp_path)
+
+
 # --- what it refuses ---
 
 ROLES = "unknown role '%s': it is master, slave or uninstall; see ./install.sh --help"
