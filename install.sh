@@ -1,5 +1,6 @@
 #!/bin/sh
-# install.sh master [SLAVE...]   this machine has others update: server-update and its slave list
+# install.sh master [SLAVE...]   this machine has others update: server-update and its slave list,
+#                                to which these slaves are added
 # install.sh slave               this machine is updated: slave.py, enabled and started
 # install.sh uninstall           remove what these put here; settings and clones stay
 #
@@ -650,12 +651,11 @@ install_master() {
   check_lists
   install_script server-update python3 1 'have all slaves update a repository'
   install_completion
-  if [ ! -e "$list" ]; then
+  if [ -e "$list" ]; then
+    add_slaves
+  else
     put 644 "$list" "$(cat "$here/slavelist.txt" && print_slaves)"
   fi
-  for slave in $slaves; do
-    tell_missing_line "$list" "$slave"
-  done
   if [ -n "$new_secret" ]; then
     make_secret
   fi
@@ -672,13 +672,43 @@ check_lists() { # what is asked for, and what is there
   if [ -n "$slaves" ]; then
     print_slaves | check_list -
   fi
-  if grep -qs '^ *[^# ]' "$list"; then
+  if has_slaves; then
     check_list "$list"
   fi
 }
 
-check_list() { # FILE, or - for standard input: server-update's own view of it
-  python3 "$here/server-update" --list "$1" --dry-run all >/dev/null || exit 2
+has_slaves() { # server-update takes a list without any for a mistake
+  grep -qs '^ *[^# ]' "$list"
+}
+
+check_list() { # FILE, or - for standard input
+  read_list "$1" >/dev/null || exit 2
+}
+
+read_list() { # FILE, or -: its slaves, a line each, as server-update itself reads it
+  python3 "$here/server-update" --list "$1" --dry-run all
+}
+
+# To the end of the list that is there, as nothing else in it is ours to change.
+add_slaves() {
+  listed=''
+  if has_slaves; then
+    listed=$(read_list "$list" 2>/dev/null)
+  fi
+  for slave in $slaves; do
+    if ! say "$listed" | grep -Fqx -e "$slave"; then
+      act add added "$slave to $list" append_line "$list" "$slave"
+    fi
+  done
+}
+
+# shellcheck disable=SC2317 # act calls it
+append_line() { # FILE LINE: the line before it may lack its end
+  if [ -n "$(tail -c 1 "$1")" ]; then
+    set -- "$1" "
+$2"
+  fi
+  say "$2" | cat >>"$1"
 }
 
 make_secret() {

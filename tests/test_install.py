@@ -194,15 +194,40 @@ def test_who_has_a_script_open_keeps_the_old_one_whole(installer):
     assert script.read_bytes() == old + b"# newer\n"
 
 
-def test_a_slave_that_is_not_in_the_list_is_told_and_not_added(installer):
-    installer.check("master", "web1")
-    before = contents(installer.stage)
-    out = installer.check("master", "web1", "web2")
+@pytest.mark.parametrize("shell", SHELLS)
+def test_slaves_are_added_to_a_list_that_is_there(installer, shell):
+    installer.check("master", "web1", shell=shell)
     list_file = installer.stage / "etc/server-update/slavelist.txt"
-    assert out.splitlines()[0] == (
-        "kept %s, which has no line 'web2': add it if you want it" % list_file
+    text = list_file.read_text() + "# ours\n[::1]:80   # the other"  # without an end of line
+    list_file.write_text(text)
+    list_file.chmod(0o640)
+    before = contents(installer.stage)
+    slaves = ["web1", "web2", "[::1]:80", "http://web3/?a=b"]
+    out = installer.check("master", *slaves, "--dry-run", shell=shell)
+    added = "add%%s web2 to %s\nadd%%s http://web3/?a=b to %s\n" % (list_file, list_file)
+    assert out.startswith(added.replace("add%s", "would add"))
+    assert contents(installer.stage) == before
+    out = installer.check("master", *slaves, shell=shell)
+    assert out.startswith(added % ("ed", "ed"))
+    assert list_file.read_text() == text + "\nweb2\nhttp://web3/?a=b\n"
+    assert stat.S_IMODE(list_file.stat().st_mode) == 0o640
+    out = installer.check("master", *slaves, shell=shell)
+    assert out.endswith("Nothing had to be changed in %s/usr/local.\n" % installer.stage)
+
+
+def test_slaves_are_added_to_a_list_without_any(installer):
+    installer.check("master")
+    list_file = installer.stage / "etc/server-update/slavelist.txt"
+    text = list_file.read_text()
+    installer.check("master", "web1", "web2")
+    assert list_file.read_text() == text + "web1\nweb2\n"
+
+
+def test_a_slave_that_is_no_good_is_not_added(installer):
+    installer.check("master", "web1")
+    assert installer.refused("master", "web2", "web3:80x") == (
+        "server-update: standard input:2: bad port '80x'"
     )
-    assert "'web1'" not in out and contents(installer.stage) == before
 
 
 def test_new_secret_is_for_its_owner_only_and_kept(installer):
