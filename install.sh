@@ -332,32 +332,46 @@ find_served() { # served is what follows slave.py in a command
 }
 
 # slave.py alone reads, checks and explains settings. Printed are REPOS_DIR and PORT, as
-# slave.conf has them or, where there is none, as the options say; then a new slave.conf.
+# slave.conf has them or, where there is none, as the options and else the environment say; then
+# a new slave.conf.
+# Options that differ from what a slave.conf says are a mistake: it is kept as it is.
 ask_slave() {
-  HOME=$home \
-    SERVER_UPDATE_BASE_URL=$base_url \
-    SERVER_UPDATE_REPOS_DIR=$repos \
-    SERVER_UPDATE_PORT=$port \
-    python3 -I -B -c '
+  HOME=$home python3 -I -B -c '
 import os, sys
 
-here, conf = sys.argv[1:]
+here, conf, *given = sys.argv[1:]
 sys.path.insert(0, here)
 import slave
 
-asked = dict(os.environ, SERVER_UPDATE_CONF="/dev/null")
-environ = {"SERVER_UPDATE_CONF": conf} if os.path.exists(conf) else asked
-try:
-    now = slave.read_settings(environ, {})
-except (OSError, ValueError) as mistake:
-    sys.exit("install.sh: %s" % mistake.args[0].split(" (set by")[0])
+OPTIONS = {"BASE_URL": "--base-url", "REPOS_DIR": "--repos", "PORT": "--port"}
+asked = {key: text for key, text in zip(OPTIONS, given) if text}
+around = {key: os.environ.get("SERVER_UPDATE_" + key) for key in slave.SETTINGS}
+written = dict({key: text for key, text in around.items() if text}, **asked)
+
+def read(environ, conf):
+    settings = {"SERVER_UPDATE_" + key: text for key, text in environ.items()}
+    try:
+        return slave.read_settings(dict(settings, SERVER_UPDATE_CONF=conf), {})
+    except ValueError as mistake:
+        sys.exit("install.sh: %s" % str(mistake).split(" (set by")[0])
+    except OSError as error:
+        sys.exit("install.sh: cannot read %s: %s" % (conf, error.strerror))
+
+if os.path.lexists(conf):
+    now, wanted = read({}, conf), read(asked, os.devnull)
+    for key, text in asked.items():
+        if now[key] != wanted[key]:
+            sys.exit("install.sh: %s says %s=%s: change that, or leave out %s %s"
+                     % (conf, key, now[key], OPTIONS[key], text))
+else:
+    now = read(written, os.devnull)
 print(now["REPOS_DIR"], now["PORT"], sep="\n")
 print("# A line with # shows what holds without it. To change that, remove the # and restart.")
 for key, setting in slave.SETTINGS.items():
     default, meaning = setting[0], setting[-1]
-    value = asked.get("SERVER_UPDATE_" + key)
-    print("\n# %s\n%s%s=%s" % (meaning, "" if value else "#", key, value or default))
-' "$here" "$conf" || exit 2
+    mark = "" if key in written else "#"
+    print("\n# %s\n%s%s=%s" % (meaning, mark, key, written.get(key, default)))
+' "$here" "$conf" "$base_url" "$repos" "$port" || exit 2
 }
 
 # --- changes: each is told, and each is left out of a dry run ---
@@ -437,12 +451,6 @@ remember_restart() {
   restart=yes
   if [ -n "$services" ] && [ -z "$dry_run" ]; then
     touch "$PENDING"
-  fi
-}
-
-tell_missing_line() { # FILE LINE: settings are kept as they are
-  if [ -e "$1" ] && ! grep -Fqx -e "$2" "$1"; then
-    say "kept $1, which has no line '$2': add it if you want it"
   fi
 }
 
@@ -778,11 +786,6 @@ write_conf() {
   if [ ! -e "$conf" ]; then
     put 644 "$conf" "$(say "$answer" | sed 1,2d)" restart
   fi
-  for line in "BASE_URL=$base_url" "REPOS_DIR=$repos" "PORT=$port"; do
-    if [ -n "${line#*=}" ]; then
-      tell_missing_line "$conf" "$line"
-    fi
-  done
 }
 
 make_repos_dir() {

@@ -166,12 +166,11 @@ def test_an_upgrade_replaces_scripts_and_keeps_settings_user_and_served_file(ins
     with (installer.folder / "slave-activate").open("a") as script:
         script.write("# newer\n")
     (installer.stage / "usr/local/bin/slave.py").chmod(0o700)
-    out = installer.check("slave", "--port", "81")
+    out = installer.check("slave", "--port", "80")
     bin_folder = str(installer.stage / "usr/local/bin/")
-    assert out.splitlines()[:3] == [
+    assert out.splitlines() == [
         "replaced %s/slave-activate" % bin_folder,
         "replaced %s/slave.py" % bin_folder,
-        "kept %s, which has no line 'PORT=81': add it if you want it" % conf,
     ]
     assert conf.read_text().endswith("TIMEOUT=5\n") and "\nPORT=80\n" in conf.read_text()
     unit = (installer.stage / UNIT).read_text()
@@ -404,6 +403,52 @@ def test_mistakes_in_settings_that_are_there_stop_an_upgrade(installer):
     conf = installer.stage / "etc/server-update/slave.conf"
     conf.write_text("PORT=80\nFOO=1\n")
     assert installer.refused("slave") == "install.sh: %s:2: unknown setting 'FOO'" % conf
+
+
+@pytest.mark.parametrize(
+    "option, value, told",
+    [
+        ("--port", "81", "PORT=80"),
+        ("--port", "9999", "PORT=80"),
+        ("--base-url", "/srv/other", "BASE_URL=https://github.com/aiegoo"),
+        ("--repos", "/srv/other", "REPOS_DIR=/srv/my clones"),
+    ],
+)
+def test_an_option_that_a_kept_slave_conf_contradicts_is_a_mistake(
+    installer, option, value, told
+):
+    installer.check("slave", "--port", "80", "--repos", "/srv/my clones")
+    with (installer.folder / "slave.py").open("a") as script:
+        script.write("# newer\n")
+    conf = installer.stage / "etc/server-update/slave.conf"
+    assert installer.refused("slave", option, value) == (
+        "install.sh: %s says %s: change that, or leave out %s %s" % (conf, told, option, value)
+    )
+
+
+def test_an_option_that_a_kept_slave_conf_agrees_with_is_none(installer):
+    installer.check("slave", "--port", "80")
+    same = ["--port", "80", "--base-url", "https://github.com/aiegoo/", "--repos", "~/repos"]
+    assert "Nothing had to be changed" in installer.check("slave", *same)
+
+
+def test_a_bad_option_is_a_mistake_also_beside_a_slave_conf(installer):
+    installer.check("slave")
+    assert installer.refused("slave", "--port", "80x") == "install.sh: bad PORT '80x'"
+
+
+def test_a_slave_conf_that_cannot_be_read_is_told(installer):
+    conf = installer.stage / "etc/server-update/slave.conf"
+    conf.mkdir(parents=True)
+    message = "install.sh: cannot read %s: Is a directory" % conf
+    assert installer.refused("slave") == message
+
+
+def test_settings_of_the_environment_go_into_a_new_slave_conf(installer):
+    env = {"SERVER_UPDATE_TIMEOUT": "5", "SERVER_UPDATE_PORT": "80"}
+    installer.check("slave", "--port", "81", env=env)
+    text = (installer.stage / "etc/server-update/slave.conf").read_text()
+    assert re.findall("(?m)^[A-Z_]+=.*", text) == ["PORT=81", "TIMEOUT=5"]
 
 
 def test_not_root_and_no_prefix_is_told_what_to_do(installer, as_user):
