@@ -17,6 +17,14 @@ SCRIPTS = ("server-update", "slave.py", "slave-activate")
 # What a scenario raises when it meets a broken product.
 CAUGHT = (AssertionError, OSError, ValueError, LookupError, subprocess.SubprocessError)
 
+LAST_LINE = r'(?=main "\$@"; exit\n\Z)'  # of a shell script: a definition before it wins
+
+
+def publish_with(text):
+    """The program that slave-activate's exchange runs, with a function that replaces another."""
+    return 'publish_program="$publish_program\n%s"\n' % text
+
+
 Mutation = namedtuple("Mutation", "name script pattern replacement scenario")
 MUTATIONS = [
     Mutation("answer before the record is written", "slave.py",
@@ -32,41 +40,41 @@ MUTATIONS = [
     Mutation("what was queued is not taken up again", "slave.py",
              r"(taken up again\", repo, records\.queued\.update\)\n +).*\n", r"\1pass\n",
              scenarios.accepted_survives_a_loss_of_power),
-    Mutation("no flush before the exchange", "slave-activate",
-             r"libc\.syncfs\(os\.open\(new, os\.O_RDONLY\)\)", "0",
+    Mutation("no flush before the exchange", "slave-activate", LAST_LINE,
+             publish_with("def flush_to_disk(new):\n    pass\n"),
              scenarios.a_clone_is_on_disk_before_it_goes_live),
-    Mutation("no flush after the exchange", "slave-activate",
-             r"libc\.fsync\(", "str(",
+    Mutation("no flush after the exchange", "slave-activate", LAST_LINE,
+             publish_with("def flush_folders(new, live):\n    pass\n"),
              scenarios.a_clone_is_on_disk_before_it_goes_live),
-    Mutation("rm before the rename", "slave-activate",
-             r"(?m)^elif renameat2\(.*$",
-             "else:\n    import shutil; shutil.rmtree(live); os.rename(new, live)\nif 0:",
+    Mutation("rm before the rename", "slave-activate", LAST_LINE,
+             publish_with("def exchange(new, live, aside):\n    import shutil\n"
+                          "    shutil.rmtree(live)\n    os.rename(new, live)\n"),
              scenarios.a_reader_never_sees_it_missing),
-    Mutation("two renames", "slave-activate",
-             r"(?m)^elif renameat2\(.*$",
-             "else:\n    os.rename(live, aside); __import__('time').sleep(0.02)\n"
-             "    os.rename(new, live); os.rename(aside, new)\nif 0:",
+    Mutation("two renames", "slave-activate", LAST_LINE,
+             publish_with("def exchange(new, live, aside):\n    import time\n"
+                          "    os.rename(live, aside)\n    time.sleep(0.02)\n"
+                          "    os.rename(new, live)\n    os.rename(aside, new)\n"),
              scenarios.a_reader_never_sees_it_missing),
-    Mutation("rm before the clone", "slave-activate",
-             r"(?m)^    make_clone$", '    rm -rf "$live"; make_clone',
+    Mutation("rm before the clone", "slave-activate", LAST_LINE,
+             'sweep_if_needed() { rm -rf "$live"; }\n',
              scenarios.what_was_live_survives_a_failing_upstream),
-    Mutation("no lock", "slave-activate",
-             r"(?m)^    flock .*$", "    return",
+    Mutation("no lock", "slave-activate", LAST_LINE,
+             'take_lock() { open_lock "$lock"; }\n',
              scenarios.two_at_once_take_turns),
-    Mutation("no sweep", "slave-activate",
-             r"then sweep; fi", "then :; fi",
+    Mutation("no sweep", "slave-activate", LAST_LINE,
+             "sweep_if_needed() { :; }\n",
              scenarios.the_next_run_sweeps_what_a_killed_one_left),
-    Mutation("pre-update's exit status ignored", "slave-activate",
-             r'run_hook pre-update "\$new" \|\|', 'run_hook pre-update "$new" || : ||',
+    Mutation("pre-update's exit status ignored", "slave-activate", LAST_LINE,
+             'run_pre_update() { run_hook pre-update "$new" || :; }\n',
              scenarios.a_failing_hook_keeps_what_is_live),
-    Mutation("damaged objects taken over", "slave-activate",
-             r'\[ -z "\$odd" \] \|\|', "[ -n yes ] ||",
+    Mutation("damaged objects taken over", "slave-activate", LAST_LINE,
+             "find_changed() { :; }\n",
              scenarios.a_damaged_pack_heals),
-    Mutation("the alternates file stays", "slave-activate",
-             r' && rm "\$alternates"', "",
+    Mutation("the alternates file stays", "slave-activate", LAST_LINE,
+             'adopt_objects_of() { cp -Rlf "$(cat "$1")/." "${1%/info/alternates}"; }\n',
              scenarios.a_clone_stands_alone),
-    Mutation("any name by hand", "slave-activate",
-             r"(?m)^    check_arguments .*$", "    :",
+    Mutation("any name by hand", "slave-activate", LAST_LINE,
+             "check_arguments() { :; }\n",
              scenarios.no_name_reaches_outside_by_hand),
     Mutation("any name by HTTP", "slave.py",
              r"(?s)(def is_repo_name\(text\):\n    \"\"\".*?\"\"\"\n)", r"\1    return True\n",
