@@ -18,11 +18,11 @@ import fcntl
 import fnmatch
 import hmac
 import http.server
-import io
 import ipaddress
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import socket
@@ -31,55 +31,89 @@ import subprocess
 import sys
 import threading
 import time
-from collections import deque, namedtuple
+from collections import namedtuple
+from concurrent.futures import Future
 from queue import Empty, SimpleQueue
-from types import SimpleNamespace
 from urllib.parse import unquote
 
 VERSION = "1.0"
 CONF_FILE = "/etc/server-update/slave.conf"
 SECRET_FILE = "/etc/server-update/secret"
-MAX_RUNNING = 4  # updates side by side
+
+# Updates
+MAX_RUNNING = 4  # side by side
 MAX_QUEUED = 100  # repositories with an update that waits
 MAX_ENDED = 10  # ended updates that are remembered, a repository
 MAX_TRIES = 3  # starts of one update; more only where the slave was stopped cleanly
 KILL_AFTER_S = 10  # from TERM to KILL
-LEFTOVER_S = 0.5  # the same, for what a run that has ended left in its process group
+GIVE_UP_AFTER_S = 1  # from KILL to the insight that it can't be killed
+LEFTOVER_S = 0.5  # for what a run that has ended left in its process group
 POLL_S = 0.02  # how often a run is asked whether it has ended
+MAX_MESSAGE_CHARS = 300
+OUTPUT_KINDS = ("slave-activate: ", "fatal: ", "error: ", "")  # what tells most comes first
+OUTCOME_PATTERN = r"%s ([0-9a-f]{40,64}|-) ([0-9a-f]{40,64}|-)\n"  # slave-activate's stdout
+
+# Connections
 HEADER_TIMEOUT_S = 10  # for a TLS handshake and a whole request header
 SEND_TIMEOUT_S = 30  # for a peer to take anything
+CLOSE_TIMEOUT_S = 1  # for a peer to see the end of an answer
 MAX_LINE_BYTES = 8192  # of a request, and of what slave-activate says
 MAX_HEADER_BYTES = 16384
 MAX_CONNECTIONS = 256
 MAX_WAIT_S = 30
+TEND_S = 0.5  # how often late connections are dropped
 IDLE_S = 0.1  # a thread that has no connection to serve for so long ends
-MAX_CLOCK_DIFFERENCE_S = 300
-MAX_NONCES = 65536
 RETRY_LATER = ("Retry-After", "2")
-HASH_RE = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
-SIGNATURE_RE = re.compile(r"t=([0-9]{1,12}),n=([0-9a-f]{32}),s=([0-9a-f]{64})")
-OUTPUT_KINDS = ("slave-activate: ", "fatal: ", "error: ", "")  # what tells most comes first
 
-# One update: /status tells the first ten, times in seconds since 1970; clean stops are no tries.
-Record = namedtuple("Record", "repo update ref state requested started finished commit previous "
-                    "message tries", defaults=(None, None, None, None, "", 0))
+ORIGIN_RE = re.compile("^https?://[^/?]*", re.I)  # of a target as proxies send it
+
+# Signatures
+SIGNATURE_RE = re.compile(r"t=([0-9]{1,12}),n=([0-9a-f]{32}),s=([0-9a-f]{64})")
+MAX_CLOCK_DIFFERENCE_S = 300
+MAX_NONCES = 65536  # of a key
 
 # shared with server-update: keep identical
 NAME_RE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 REF_BAD_RE = re.compile(r"[ ~^:?*\[\\]|\.\.|@\{|//|(^|/)\.|^[-/]|[/.]$|\.lock(/|$)|^@$")
-MAX_REF_CHARS = 255
+HASH_RE = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+MAX_REF_BYTES = 255  # in UTF-8
+MAX_NOTE_CHARS = 200
 MIN_SECRET_BYTES = 16
 
 
 def is_repo_name(text):
     """Whether `text` can name a repository: nothing that leads out of the repositories' folder."""
-    return bool(NAME_RE.fullmatch(text) and ".." not in text
-                and not text.endswith((".git", ".lock")))
+    if ".." in text or text.endswith((".git", ".lock")):
+        return False
+    return NAME_RE.fullmatch(text) is not None
 
 
 def is_ref(text):
     """Whether `text` can be a branch, tag or commit: see git-check-ref-format(1), one level."""
-    return 0 < len(text) <= MAX_REF_CHARS and text.isprintable() and not REF_BAD_RE.search(text)
+    if not text or not text.isprintable():  # half a surrogate pair isn't, so all can be encoded
+        return False
+    if len(text.encode("utf-8")) > MAX_REF_BYTES:
+        return False
+    return REF_BAD_RE.search(text) is None
+
+
+def is_note(text):
+    """Whether `text` can say who asked for an update, or why."""
+    return len(text) <= MAX_NOTE_CHARS and text.isprintable()
+
+
+def is_absent(path):
+    """Whether there certainly is nothing at `path`, not even a link that leads nowhere.
+
+    Raises OSError where that can't be known: what can't be looked at is not absent."""
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        folder = os.path.dirname(path)
+        if folder not in ("", path) and not is_absent(folder):
+            os.stat(folder)  # raises where it is a link that leads nowhere
+        return True
+    return False
 
 
 def sign(secret, method, target, when, nonce):
@@ -91,13 +125,16 @@ def sign(secret, method, target, when, nonce):
 def read_secrets(path):
     """The lines of a secret file: the first signs, any verifies. Raises ValueError or OSError."""
     with open(path, "rb") as handle:
-        mode, lines = os.fstat(handle.fileno()).st_mode, handle.read(65536).splitlines()
-    secrets = [line.strip() for line in lines if line.strip()]
+        mode = os.fstat(handle.fileno()).st_mode
+        lines = handle.read(65536).splitlines()
     if mode & 0o077:
         raise ValueError("others can read secret file '%s'; do: chmod 600 %s" % (path, path))
-    if not secrets or min(map(len, secrets)) < MIN_SECRET_BYTES:
-        raise ValueError("secret file '%s' has %s; do: (umask 077; openssl rand -hex 32 >%s)" % (
-            path, "a line of less than 16 bytes" if secrets else "no secret in it", path))
+    advice = "do: (umask 077; openssl rand -hex 32 >%s)" % path
+    secrets = [line.strip() for line in lines if line.strip()]
+    if not secrets:
+        raise ValueError("secret file '%s' has no secret in it; %s" % (path, advice))
+    if min(map(len, secrets)) < MIN_SECRET_BYTES:
+        raise ValueError("secret file '%s' has a line of less than 16 bytes; %s" % (path, advice))
     return secrets
 # end of shared block
 
@@ -105,209 +142,446 @@ def read_secrets(path):
 class Refusal(Exception):
     """A request that gets an error for its answer: HTTP status, text, further headers."""
 
+
+def escape_char(char):
+    if char.isprintable():
+        return char
+    return char.encode("unicode_escape").decode("ascii")
+
+
 def escape(text):
     """`text` with all that could move a cursor or begin a line written as an escape."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
-                   for char in text)
+    if text.isprintable():
+        return text
+    return "".join(map(escape_char, text))
+
 
 def log(text, *values):
     """Writes a line to stderr, in one write, so that the lines of threads never mix."""
-    line = time.strftime("%Y-%m-%dT%H:%M:%SZ ", time.gmtime()) + escape(text % values) + "\n"
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ ", time.gmtime())
+    line = now + escape(text % values) + "\n"
     with contextlib.suppress(OSError):  # nobody reads the log: no reason to stop updating
         os.write(2, line.encode("utf-8", "backslashreplace"))
 
+
+# -- settings --------------------------------------------------------------
+
+# A setting is text in the file, the environment or an option; `parse` makes its value of it,
+# or raises ValueError where it is bad.
+Setting = namedtuple("Setting", "default parse help")
+Given = namedtuple("Given", "text complaint")  # a value, and how it is complained of
+NOT_GIVEN = Given("", "bad %s '%s'")
 MAPPED_RE = re.compile(r"(?<![0-9a-f:.])::ffff:(?=[0-9]+\.)", re.I)  # IPv4 as IPv6: RFC 4291
-PATH = "/.*"
-PORT = "[0-9]{1,4}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]"
-parse_words = re.compile(r"[^\s,]+").findall
-SETTINGS = {  # KEY: default, pattern and reader of a value, help
-    "BASE_URL": ("https://github.com/aiegoo", r"/\S*|[^-:\s]\S*:\S+", lambda url: url.rstrip("/"),
-                 "URL or path: clones are made of BASE_URL/NAME.git"),
-    "REPOS_DIR": ("~/repos", PATH, str, "folder where the clones go live"),
-    "HOOKS_DIR": ("/etc/server-update/hooks", PATH, str, "has pre-update and post-update"),
-    "PORT": ("9999", PORT, int, "0 takes a free one"),
-    "BIND": ("", ".+", ipaddress.ip_address, "address to listen on, else all"),
-    "TIMEOUT": ("600", "[1-9][0-9]{0,5}", int, "seconds for an update"),
-    "SUBMODULES": ("yes", "yes|no", str, "yes or no: clone them"),
-    "SECRET_FILE": ("", PATH, str, "shared secret, else %s if it exists" % SECRET_FILE),
-    "ALLOW_FROM": ("", r".*[^\s,].*", lambda text: [*map(ipaddress.ip_network, parse_words(
-        MAPPED_RE.sub("", text)))], "addresses and networks that may ask, else all"),
-    "ALLOW_REPOS": ("", r"(?=.*[^ ,])[]A-Za-z0-9._*?[!, -]+", parse_words,
-                    "globs of repositories that may be updated, else all"),
-    "TLS_CERT": ("", PATH, str, "certificate chain (PEM): serve https"),
-    "TLS_KEY": ("", PATH, str, "its key, where that is not in TLS_CERT"),
+BASE_URL_RE = re.compile(r"/\S*|[^-:\s]\S*:\S+")  # a path, a URL, or ssh's host:path
+GLOBS_RE = re.compile(r"[]A-Za-z0-9._*?[!, -]+")
+WORD_RE = re.compile(r"[^\s,]+")
+
+
+def parse_base_url(text):
+    if not BASE_URL_RE.fullmatch(text):
+        raise ValueError("neither a URL nor a path")
+    return text.rstrip("/") or "/"
+
+
+def parse_path(text):
+    path = os.path.expanduser(text)
+    if not path.startswith("/") or not path.isprintable():
+        raise ValueError("not a whole path")
+    return path
+
+
+def parse_number(text, least, most):
+    if not re.fullmatch("[0-9]+", text):  # int() takes blanks, signs and all of Unicode's digits
+        raise ValueError("not a number")
+    if not least <= int(text) <= most:
+        raise ValueError("not from %d to %d" % (least, most))
+    return int(text)
+
+
+def parse_port(text):
+    return parse_number(text, 0, 65535)
+
+
+def parse_timeout(text):
+    return parse_number(text, 1, 999999)
+
+
+def parse_yes_or_no(text):
+    if text not in ("yes", "no"):
+        raise ValueError("neither yes nor no")
+    return text
+
+
+def parse_words(text):
+    words = WORD_RE.findall(text)
+    if not words:
+        raise ValueError("empty")
+    return words
+
+
+def parse_networks(text):
+    """Addresses and networks; those of IPv4 may be written as IPv6."""
+    words = parse_words(MAPPED_RE.sub("", text))
+    return [ipaddress.ip_network(word) for word in words]
+
+
+def parse_globs(text):
+    if not GLOBS_RE.fullmatch(text):
+        raise ValueError("not globs of names")
+    return parse_words(text)
+
+
+# What the file, the environment and the options can set, in the order of --help.
+SETTINGS = {
+    "BASE_URL": Setting("https://github.com/aiegoo", parse_base_url,
+                        "URL or path: clones are made of BASE_URL/NAME.git"),
+    "REPOS_DIR": Setting("~/repos", parse_path, "folder where the clones go live"),
+    "HOOKS_DIR": Setting("/etc/server-update/hooks", parse_path,
+                         "has pre-update and post-update"),
+    "PORT": Setting("9999", parse_port, "0 takes a free one"),
+    "BIND": Setting("", ipaddress.ip_address, "address to listen on, else all"),
+    "TIMEOUT": Setting("600", parse_timeout, "seconds for an update"),
+    "SUBMODULES": Setting("yes", parse_yes_or_no, "yes or no: clone them"),
+    "SECRET_FILE": Setting("", parse_path, "shared secret, else %s if it exists" % SECRET_FILE),
+    "ALLOW_FROM": Setting("", parse_networks, "addresses and networks that may ask, else all"),
+    "ALLOW_REPOS": Setting("", parse_globs,
+                           "globs of repositories that may be updated, else all"),
+    "TLS_CERT": Setting("", parse_path, "certificate chain (PEM): serve https"),
+    "TLS_KEY": Setting("", parse_path, "its key, where that is not in TLS_CERT"),
 }
 
-def parse_setting(key, text, before, after):
-    """A setting's value, its default where `text` is empty; `before` and `after` say where."""
-    default, pattern, read, _ = SETTINGS[key]
-    full = os.path.expanduser(text or default) if pattern == PATH else text or default
-    try:
-        if full and not (full.isprintable() and re.fullmatch(pattern, full)):
-            raise ValueError
-        return read(full) if full else None
-    except ValueError:
-        raise ValueError("%sbad %s '%s'%s" % (before, key, escape(text or default), after))
-
-def read_settings(environ, options):
-    """{KEY: value}: options win over SERVER_UPDATE_*, these over the file; ValueError, OSError."""
-    found = dict.fromkeys(SETTINGS, ("", "", ""))  # a text, and what goes around a complaint
-    path = environ.get("SERVER_UPDATE_CONF") or CONF_FILE
-    if path != CONF_FILE or os.path.exists(path):
-        with open(path, encoding="utf-8", errors="surrogateescape") as lines:
-            for number, line in enumerate(map(str.strip, lines), 1):
-                where = "%s:%d: " % (path, number)
-                key, equals, text = map(str.strip, line.partition("="))
-                if line and line[0] != "#":  # text, which is never run
-                    if not equals or key not in SETTINGS:
-                        raise ValueError("%s%s '%s'" % (
-                            where, "unknown setting" if equals else "no '=' in", escape(key)))
-                    found[key] = (re.sub("^(['\"])(.*)\\1$", "\\2", text), where, "")
-                    parse_setting(key, *found[key])
-    for source, to_name in ((environ, "SERVER_UPDATE_{}".format), (options, option_name)):
-        for key, name in ((key, to_name(key)) for key in SETTINGS if source.get(to_name(key))):
-            found[key] = (source[name].strip(), "", " (set by %s)" % name)
-    values = {key: parse_setting(key, *found[key]) for key in SETTINGS}
-    if values["TLS_KEY"] and not values["TLS_CERT"]:
-        raise ValueError("TLS_KEY is set, but TLS_CERT is not")
-    return values
 
 def option_name(key):
     return "--" + key.lower().replace("_", "-")
 
-class Records(namedtuple("Records", "ended running queued", defaults=((), None, None))):
+
+def parse_setting(key, given):
+    """A setting's value: its default where nothing is given, None where that is empty too."""
+    text = given.text or SETTINGS[key].default
+    if not text:
+        return None
+    try:
+        if not text.isprintable():
+            raise ValueError("unprintable")
+        return SETTINGS[key].parse(text)
+    except ValueError:
+        raise ValueError(given.complaint % (key, escape(text)))
+
+
+def unquoted(text):
+    """`text` without the quotes around it that sh would take away as well."""
+    return re.sub("^(['\"])(.*)\\1$", "\\2", text)
+
+
+def read_conf(path):
+    """{KEY: Given} of the lines KEY=value of a file, which are text and never run."""
+    found = {}
+    with open(path, encoding="utf-8", errors="surrogateescape") as lines:
+        for number, line in enumerate(lines, 1):
+            line = line.strip()
+            if not line or line.startswith("#"):
+                continue
+            where = "%s:%d: " % (path, number)
+            key, equals, text = line.partition("=")
+            key = key.strip()
+            if not equals:
+                raise ValueError("%sno '=' in '%s'" % (where, escape(key)))
+            if key not in SETTINGS:
+                raise ValueError("%sunknown setting '%s'" % (where, escape(key)))
+            # A bad value is a mistake even where the environment or an option has a better one.
+            complaint = where.replace("%", "%%") + NOT_GIVEN.complaint
+            found[key] = Given(unquoted(text.strip()), complaint)
+            parse_setting(key, found[key])
+    return found
+
+
+def read_settings(environ, options):
+    """{KEY: value}: options win over SERVER_UPDATE_*, these over the file; ValueError, OSError."""
+    path = environ.get("SERVER_UPDATE_CONF") or CONF_FILE
+    found = {}
+    if path != CONF_FILE or not is_absent(path):
+        found = read_conf(path)
+    values = {}
+    for key in SETTINGS:
+        given = found.get(key, NOT_GIVEN)
+        # The options come last, and win.
+        for source, name in ((environ, "SERVER_UPDATE_" + key), (options, option_name(key))):
+            if source.get(name):
+                complaint = NOT_GIVEN.complaint + " (set by %s)" % name
+                given = Given(source[name].strip(), complaint)
+        values[key] = parse_setting(key, given)
+    # One without the other is half a wish.
+    if values["TLS_KEY"] and not values["TLS_CERT"]:
+        raise ValueError("TLS_KEY is set, but TLS_CERT is not")
+    return values
+
+
+# -- records: what is remembered of updates; pure ---------------------------
+
+# One update. /status tells the fields of TOLD; times are seconds since 1970; a stop of the slave
+# that was clean is no try.
+Record = namedtuple("Record", "repo update ref state requested started finished commit previous "
+                    "message tries", defaults=(None, None, None, None, "", 0))
+TOLD = Record._fields[:10]
+
+
+def next_update_id(newest, now):
+    """Milliseconds since 1970, but always more than the id of `newest`, a Record or None."""
+    update = int(now * 1000)
+    if newest and newest.update >= update:
+        return newest.update + 1
+    return max(update, 1)
+
+
+RecordsFields = namedtuple("RecordsFields", "ended running queued", defaults=((), None, None))
+
+
+class Records(RecordsFields):
     """What is remembered of one repository's updates, oldest first; nothing here changes it."""
 
     def all(self):
-        return self.ended + tuple(filter(None, (self.running, self.queued)))
+        unfinished = [record for record in (self.running, self.queued) if record]
+        return [*self.ended, *unfinished]
 
-    def find(self, update=0):
-        """The record of an update, or of the newer one in its place; the newest where it is 0."""
-        found = [record for record in self.all() if record.update >= update]
-        return found[0 if update else -1] if found else None
+    def newest(self):
+        return self.all()[-1] if self.all() else None
+
+    def find(self, update):
+        """The record of an update, or of the newer one in its place, or None."""
+        for record in self.all():
+            if record.update >= update:
+                return record
+        return None
 
     def accept(self, repo, ref, now):
-        """An update is queued, in place of one that is. Ids are ms since 1970, and grow."""
-        newest = self.find()
-        update = max(int(now * 1000), newest.update + 1 if newest else 1)
-        return self._replace(queued=Record(repo, update, ref, "queued", now,
-                                           commit=newest and newest.commit))
+        """An update is queued, in place of one that is."""
+        newest = self.newest()
+        update = next_update_id(newest, now)
+        # Until it starts, what is live is what the update before it left.
+        record = Record(repo, update, ref, "queued", requested=now)
+        if newest:
+            record = record._replace(commit=newest.commit)
+        return self._replace(queued=record)
 
     def start(self, live, now):
-        begun = self.queued._replace(state="running", started=now, commit=live, previous=live,
-                                     tries=self.queued.tries + 1)
+        """The queued update runs; `live` is the commit that is live before it."""
+        begun = self.queued._replace(state="running", started=now, commit=live, previous=live)
+        begun = begun._replace(tries=begun.tries + 1)
         return self._replace(running=begun, queued=None)
 
-    def finish(self, now, **changes):
+    def finish(self, changes, now):
+        """The running update has ended; `changes` are to fields of its record."""
         done = self.running._replace(finished=now, **changes)
-        return self._replace(ended=(self.ended + (done,))[-MAX_ENDED:], running=None)
+        ended = (*self.ended, done)[-MAX_ENDED:]
+        return self._replace(ended=ended, running=None)
 
-    def interrupt(self, is_clean, now):
-        """The slave ends, or has ended, under the running update: it or a newer one is queued."""
-        again = self.running
-        if again.tries >= MAX_TRIES and not is_clean:
-            return self.finish(now, state="failed", message="interrupted three times by the "
-                               "slave's own end; signal again for another try")
-        again = again._replace(state="queued", started=None, tries=again.tries - is_clean)
+    def stop(self):
+        """The slave ends cleanly under the running update: that is no try."""
+        again = self.running._replace(tries=self.running.tries - 1)
+        return self._replace(running=again).requeue()
+
+    def interrupt(self, now):
+        """The slave has ended under the running update: it or a newer one is queued."""
+        # It may be this very update that ends the slave, each time.
+        if self.running.tries >= MAX_TRIES:
+            message = ("interrupted three times by the slave's own end; "
+                       "signal again for another try")
+            return self.finish({"state": "failed", "message": message}, now)
+        return self.requeue()
+
+    def requeue(self):
+        again = self.running._replace(state="queued", started=None)
         return self._replace(queued=self.queued or again, running=None)
 
     def encode(self):
+        """The text of a record file: the newest one's fields, and the others as `earlier`."""
         *earlier, newest = [record._asdict() for record in self.all()]
-        return json.dumps(dict(newest, earlier=earlier)).encode("ascii") + b"\n"
+        text = json.dumps(dict(newest, earlier=earlier))
+        return text.encode("ascii") + b"\n"
+
+
+def is_time(value):
+    """Whether a value of JSON can be a time, an id or a count; NaN can't."""
+    return isinstance(value, (int, float)) and 0 <= value < 1e15
+
+
+def is_commit(value):
+    return value is None or HASH_RE.fullmatch(value) is not None
+
+
+def check_record(repo, record):
+    """ValueError (or TypeError) unless this is a record of an update of `repo`."""
+    states = ("live", "failed") if record.finished else ("queued", "running")
+    rules = [
+        (is_repo_name(repo) and record.repo == repo, "another repository"),
+        (is_time(record.update) and is_time(record.requested), "no id or time"),
+        (is_time(record.started or 0), "not a time"),
+        (is_time(record.finished or 0), "not a time"),
+        (record.ref is None or is_ref(record.ref), "no ref"),
+        (record.state in states, "no state"),
+        (is_commit(record.commit) and is_commit(record.previous), "no commit"),
+        (isinstance(record.message, str), "no message"),
+        (is_time(record.tries), "no number of tries"),
+    ]
+    for is_kept, wrong in rules:
+        if not is_kept:
+            raise ValueError("not a record of an update: " + wrong)
+
+
+def decode_record(repo, fields):
+    """The Record that these fields of JSON are; ValueError, TypeError: they are none."""
+    known = {key: fields[key] for key in Record._fields if key in fields}
+    record = Record(**known)
+    check_record(repo, record)
+    return record._replace(update=int(record.update))
+
 
 def decode_records(repo, data):
     """What Records.encode made; ValueError, TypeError or AttributeError for anything else."""
-    newest, found = json.loads(data.decode("utf-8")), []
-    for fields in newest.get("earlier", []) + [newest]:
-        record = Record(**{key: fields[key] for key in Record._fields if key in fields})
-        numbers = (record.requested, record.started or 0, record.finished or 0, record.update,
-                   record.tries)
-        states = ("live", "failed") if record.finished else ("queued", "running")
-        commits = filter(None, (record.commit, record.previous))
-        if (record.repo != repo or not is_repo_name(repo) or not is_ref(record.ref or "x")
-                or record.state not in states or not isinstance(record.message, str)
-                or not all(0 <= number < 1e15 for number in numbers)  # nor NaN
-                or not all(map(HASH_RE.fullmatch, commits))):
-            raise ValueError("not a record of an update")
-        found.append(record._replace(update=int(record.update)))
-    records = Records(tuple(record for record in found if record.finished),
-                      **{record.state: record for record in found if not record.finished})
-    if [one.update for one in records.all()] != sorted({one.update for one in found}):
+    newest = json.loads(data.decode("utf-8"))
+    earlier = newest.get("earlier", [])
+    found = [decode_record(repo, fields) for fields in earlier + [newest]]
+    # What has ended has a time for it; of what has not there is one of a state at most.
+    ended = tuple(record for record in found if record.finished)
+    unfinished = {record.state: record for record in found if not record.finished}
+    records = Records(ended, unfinished.get("running"), unfinished.get("queued"))
+    updates = [record.update for record in records.all()]
+    if updates != sorted({record.update for record in found}):
         raise ValueError("updates out of order")
     return records
 
+
+# -- journal: the records of all repositories, in memory and on disk ---------
+
+def write_synced(path, content):
+    """Writes a file; once this returns, a loss of power does not lose what is in it."""
+    with open(path, "wb") as handle:
+        handle.write(content)
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+class Change:
+    """One change of one repository's records, which the journal's thread makes."""
+
+    def __init__(self, repo, method, args, is_forced):
+        self.repo = repo
+        self.method = method  # of Records: from those before it to those after it
+        self.args = args
+        self.is_forced = is_forced  # it is made in memory even if it can't be written
+        self.made = None  # the Records after it
+        self.failure = None  # the exception that came in place of them
+        self.settled = Future()
+
+    def settle(self):
+        """Tells who waits how it went."""
+        if self.failure:
+            self.settled.set_exception(self.failure)
+        else:
+            self.settled.set_result(self.made)
+
+
 class Journal:
-    """The records of all repositories, {repo: Records}, in memory and on disk."""
+    """The records of all repositories, {repo: Records}; one thread alone changes and writes them.
+
+    What comes while it writes is written in one go afterwards: each file once, the folder once."""
 
     def __init__(self, folder):
         """Reads the state folder and takes it for this process alone; OSError where it can't."""
-        self.folder, self.beside, self.records = folder, os.path.join(folder, "record.tmp"), {}
-        self.changes, self.writing = deque(), threading.Lock()
+        self.folder = folder
+        self.beside = os.path.join(folder, "record.tmp")
+        self.records = {}
+        self.changes = SimpleQueue()
         self.changed = threading.Condition()  # told after each change
+        # The lock is the kernel's, on the folder itself: it ends with the process.
         os.makedirs(folder, mode=0o700, exist_ok=True)
         self.folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        self.lock()
+        # A disk that is full or read-only is told now, not at the first signal.
+        open(self.beside, "wb").close()
+        os.unlink(self.beside)
+        for name in os.listdir(folder):
+            if name.endswith(".json"):
+                self.load(name[:-len(".json")])
+        threading.Thread(target=self.write_changes, daemon=True).start()
+
+    def lock(self):
         try:
             fcntl.flock(self.folder_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise OSError("another slave.py works in '%s'" % folder)
-        open(self.beside, "wb").close()  # can it be written?
-        os.unlink(self.beside)
-        for repo in [name[:-5] for name in os.listdir(folder) if name.endswith(".json")]:
-            path = os.path.join(folder, repo + ".json")
-            try:
-                with open(path, "rb") as handle:
-                    self.records[repo] = decode_records(repo, handle.read())
-            except Exception as error:  # whatever it is, it must not stop the others
-                log("%s is broken, kept as %s.json.broken: %r", path, repo, error)
-                os.rename(path, path + ".broken")
+            raise OSError("another slave.py works in '%s'" % self.folder)
 
-    def commit(self, repo, method, *args, must_keep=False, **kwargs):
-        """Applies a method of Records; the result, once it is on disk, or OSError if it can't be.
-
-        One thread writes, in one go, what all have come with."""
-        change = SimpleNamespace(repo=repo, must_keep=must_keep, is_done=False)
-        change.apply = lambda records: method(records, *args, **kwargs)
-        self.changes.append(change)
-        with self.writing:
-            if not change.is_done:  # else who held the lock before has written it with its own
-                self.write([self.changes.popleft() for _ in range(len(self.changes))])
-        if change.error:
-            raise change.error
-        return change.result
-
-    def write(self, changes):
-        """Writes a batch of changes, each repository's file once."""
-        after, failure = self.apply(changes), None
+    def load(self, repo):
+        path = os.path.join(self.folder, repo + ".json")
         try:
-            for repo in after:
-                self.save(repo, after[repo])
-            os.fsync(self.folder_fd)
-        except OSError as error:
-            failure = error
+            with open(path, "rb") as handle:
+                self.records[repo] = decode_records(repo, handle.read())
+        except Exception as error:  # whatever it is, it must not stop the others
+            log("%s is broken, kept as %s.json.broken: %r", path, repo, error)
+            os.rename(path, path + ".broken")
+
+    def commit(self, repo, method, *args, is_forced=False):
+        """Applies a method of Records; what it returns, once that is on disk, else OSError."""
+        change = Change(repo, method, args, is_forced)
+        self.changes.put(change)
+        return change.settled.result()
+
+    def write_changes(self):
+        """The journal's thread: writes whatever has come, and begins again."""
+        while True:
+            # Those that came while the last ones were written share one fsync of the folder: with
+            # 16 clients that is a third more signals a second than a lock that each takes in turn.
+            batch = [self.changes.get()]
+            with contextlib.suppress(Empty):
+                while True:
+                    batch.append(self.changes.get_nowait())
+            self.write(batch)
+            for change in batch:
+                change.settle()
+            with self.changed:
+                self.changed.notify_all()
+
+    def write(self, batch):
+        """Makes a batch of changes, on disk first; if that fails, the forced ones in memory."""
+        after = self.make(batch)
+        try:
+            for repo, records in after.items():
+                self.save(repo, records)
+            self.sync()
+        except Exception as error:
+            log("can't write in %s: %s", self.folder, getattr(error, "strerror", error))
             with contextlib.suppress(OSError):
                 os.unlink(self.beside)
-            log("can't write in %s: %s", self.folder, error.strerror)
-            after = self.apply([change for change in changes if change.must_keep])
+            # Nothing of a batch counts but what has happened anyway: the start or end of a run.
+            forced = [change for change in batch if change.is_forced]
+            for change in batch:
+                change.failure = error
+            after = self.make(forced)
         self.records.update(after)
-        for change in changes:
-            change.is_done, change.error = True, None if change.must_keep else failure
-        with self.changed:
-            self.changed.notify_all()
 
-    def apply(self, changes):
+    def make(self, batch):
+        """{repo: Records} after these changes, one after the other."""
         after = {}
-        for change in changes:
-            before = after.get(change.repo) or self.records.get(change.repo) or Records()
-            after[change.repo] = change.result = change.apply(before)
+        for change in batch:
+            before = after.get(change.repo) or self.records.get(change.repo, Records())
+            try:
+                change.made = change.method(before, *change.args)
+                change.failure = None
+                after[change.repo] = change.made
+            except Exception as error:
+                change.failure = error
         return after
 
     def save(self, repo, records):
         """Puts one file in its place, whole or not at all; its folder is synced later."""
-        with open(self.beside, "wb") as handle:
-            handle.write(records.encode())
-            handle.flush()
-            os.fsync(handle.fileno())
+        write_synced(self.beside, records.encode())
         os.rename(self.beside, os.path.join(self.folder, repo + ".json"))
+
+    def sync(self):
+        os.fsync(self.folder_fd)
+
+
+# -- run: what is live, and a program that changes it -------------------------
 
 def read_live_commit(tree):
     """The commit that is checked out in a clone, or None where its plain files don't tell."""
@@ -317,58 +591,186 @@ def read_live_commit(tree):
             if text.startswith("ref: "):
                 with open(os.path.join(tree, ".git", text[len("ref: "):])) as handle:
                     text = handle.read().strip()
-    return text if HASH_RE.fullmatch(text) else None
+    if HASH_RE.fullmatch(text):
+        return text
+    return None
 
-def log_stderr(repo, stream, said):
-    """Logs what a run says; `said` gets the last line of each kind."""
-    with stream:
-        for line in iter(lambda: stream.readline(MAX_LINE_BYTES), b""):
-            text = line.decode("utf-8", "replace").rstrip()
-            log("%s: %s", repo, text)
-            kind = next(kind for kind in OUTPUT_KINDS if text.startswith(kind))
-            said[kind] = text[len(kind):] or said.get(kind, "")
 
-def signal_group(run, number):
+class Run:
+    """One run of a program, in a process group of its own: its start, its end, what it said.
+
+    Until close() the process stays a zombie, so that its number can't be another group's."""
+
+    def __init__(self, name, command, environ):
+        """Starts it; OSError where it can't. Its stderr is logged, each line after `name`."""
+        self.name = name
+        self.said = {}  # {kind of line: the last one}, see OUTPUT_KINDS
+        self.unfinished = b""  # the beginning of a line
+        self.status = None  # as subprocess's returncode; None while it runs
+        # A session of its own is a group of its own, too: signals reach all that it starts.
+        self.process = subprocess.Popen(
+            command, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, start_new_session=True)
+        os.set_blocking(self.process.stdout.fileno(), False)
+        os.set_blocking(self.process.stderr.fileno(), False)
+        self.poll = select.poll()
+        self.poll.register(self.process.stderr, select.POLLIN)
+
+    def wait(self, timeout_s, stop):
+        """Blocks until it has ended or been given up: None, or "timeout" or "stop" by force.
+
+        `stop` is an Event that ends it early."""
+        if self.ends_within(timeout_s, stop):
+            return None
+        # From here on it is by force, whether it obeys or not.
+        why = "stop" if stop.is_set() else "timeout"
+        self.signal(signal.SIGTERM)
+        if not self.ends_within(KILL_AFTER_S):
+            self.signal(signal.SIGKILL)
+            self.ends_within(GIVE_UP_AFTER_S)
+        return why
+
+    def ends_within(self, timeout_s, stop=None):
+        """Whether it ends in that time; False also once `stop` is set."""
+        deadline = time.monotonic() + timeout_s
+        while not self.has_ended():
+            if time.monotonic() >= deadline or (stop and stop.is_set()):
+                return False
+            if not self.listen(POLL_S):
+                time.sleep(POLL_S)
+        return True
+
+    def has_ended(self):
+        """Sets its status where it has."""
+        # WNOWAIT leaves the zombie, which keeps its number: see the class.
+        flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        ended = os.waitid(os.P_PID, self.process.pid, flags)
+        if not ended:
+            return False
+        is_exit = ended.si_code == os.CLD_EXITED
+        self.status = ended.si_status if is_exit else -ended.si_status
+        return True
+
+    def listen(self, timeout_s):
+        """Waits for output and logs it; False where there will be none."""
+        if self.process.stderr.closed:
+            return False
+        if self.poll.poll(timeout_s * 1000):
+            part = os.read(self.process.stderr.fileno(), 65536)
+            self.log_output(part)
+            if not part:
+                self.process.stderr.close()
+        return True
+
+    def log_output(self, part):
+        """Logs the lines that are whole by now, long ones in pieces; at the end b"" the rest."""
+        # Of a line without end no more than this is kept.
+        *lines, self.unfinished = (self.unfinished + part).split(b"\n")
+        if not part or len(self.unfinished) > MAX_LINE_BYTES:
+            lines.append(self.unfinished)
+            self.unfinished = b""
+        for line in lines:
+            for start in range(0, max(len(line), 1), MAX_LINE_BYTES):
+                self.log_line(line[start:start + MAX_LINE_BYTES])
+
+    def log_line(self, line):
+        text = line.decode("utf-8", "replace").rstrip()
+        log("%s: %s", self.name, text)
+        kind = next(kind for kind in OUTPUT_KINDS if text.startswith(kind))
+        if text[len(kind):]:
+            self.said[kind] = text[len(kind):]
+
+    def read_stdout(self):
+        """What it has printed, as far as a pipe holds it."""
+        return self.process.stdout.read() or b""
+
+    def end_rest(self):
+        """Has what it left end, which gets a moment to say something."""
+        self.signal(signal.SIGTERM)
+        deadline = time.monotonic() + LEFTOVER_S
+        while time.monotonic() < deadline and self.listen(POLL_S):
+            pass
+
+    def signal(self, number):
+        signal_group(self.process.pid, number)
+
+    def close(self):
+        """Kills what is still there of it, and forgets it."""
+        self.signal(signal.SIGKILL)
+        self.process.stdout.close()
+        self.process.stderr.close()
+        if self.status is not None:
+            self.process.wait()
+
+
+def signal_group(leader, number):
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(run.pid, number)
+        os.killpg(leader, number)
 
-def wait_for(run, timeout_s, stop):
-    """Blocks until a run has ended; its stdout, and "timeout" or "stop" if that was by force."""
-    force_at, why = time.monotonic() + timeout_s, None
-    while run.poll() is None:
-        is_late = time.monotonic() >= force_at
-        if is_late or (stop.is_set() and not why):
-            signal_group(run, signal.SIGKILL if why else signal.SIGTERM)
-            why = why or ("timeout" if is_late else "stop")
-            force_at = time.monotonic() + KILL_AFTER_S
-        time.sleep(POLL_S)
-    os.set_blocking(run.stdout.fileno(), False)
-    with run.stdout as stdout:
-        return stdout.read() or b"", why
+
+def last_words(said):
+    """The last line of the kind that tells most, or an empty text."""
+    for kind in OUTPUT_KINDS:
+        if kind in said:
+            return said[kind]
+    return ""
+
 
 def judge(repo, status, stdout, said, late_after_s=None):
-    """How a run of slave-activate ended, as changes to its record; `said` is log_stderr's."""
-    match = re.fullmatch(r"%s ([0-9a-f]{40,64}|-) ([0-9a-f]{40,64}|-)\n" % re.escape(repo),
-                         stdout.decode("ascii", "replace"))
-    line = next((said[kind] for kind in OUTPUT_KINDS if kind in said), "")
+    """How a run of slave-activate ended, as changes to its record; `said` is Run's."""
+    # The one line of stdout says which commit is live; without it nothing is.
+    match = re.fullmatch(OUTCOME_PATTERN % re.escape(repo), stdout.decode("ascii", "replace"))
+    words = last_words(said)
+    message = words
     if late_after_s:
-        line = "stopped as it took longer than %d s (TIMEOUT)%s" % (
-            late_after_s, line and ", and had said: " + line)
+        message = "stopped as it took longer than %d s (TIMEOUT)" % late_after_s
+        if words:
+            message += ", and had said: " + words
     elif status == 0:
-        line = "" if match else "slave-activate did not say which commit is live"
-    message = escape(line or status and "slave-activate ended with exit status %d" % status or "")
-    if not match or (status not in (0, 3) and not late_after_s):
-        return {"state": "failed", "message": message[:300]}
-    commit, previous = (None if text == "-" else text for text in match.groups())
-    return {"state": "live", "message": message[:300], "commit": commit, "previous": previous}
+        message = "" if match else "slave-activate did not say which commit is live"
+    elif not words:
+        message = "slave-activate ended with exit status %s" % status
+    message = escape(message)[:MAX_MESSAGE_CHARS]
+    # What had gone live before the time was up is live; 3 is a post-update hook that failed.
+    is_good_end = status in (0, 3) or late_after_s
+    if not match or not is_good_end:
+        return {"state": "failed", "message": message}
+    commit, previous = [None if text == "-" else text for text in match.groups()]
+    return {"state": "live", "message": message, "commit": commit, "previous": previous}
+
+
+# -- guard: who may ask for what ---------------------------------------------
+
+class Nonces:
+    """The nonces of the requests that one key has signed, each of which is taken once."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.times = {}  # {nonce: when it was signed}
+
+    def take(self, nonce, when, now):
+        """Refusal where it was taken before; it is kept for as long as its time is near enough."""
+        with self.lock:
+            if len(self.times) >= MAX_NONCES:
+                oldest = now - MAX_CLOCK_DIFFERENCE_S
+                near = [(key, at) for key, at in self.times.items() if at >= oldest]
+                self.times = dict(near)
+            if len(self.times) >= MAX_NONCES:
+                raise Refusal(503, "too many signed requests", RETRY_LATER)
+            if nonce in self.times:
+                raise Refusal(401, "signature missing or wrong")
+            self.times[nonce] = when
+
 
 class Guard:
     """Who may ask for what: by signature, address and repository. All checks raise Refusal."""
 
     def __init__(self, settings):
-        self.settings, self.path = settings, settings["SECRET_FILE"] or SECRET_FILE
-        self.lock, self.nonces, self.secrets = threading.Lock(), {}, []  # {nonce: its time}
-        if settings["SECRET_FILE"] or os.path.exists(self.path):
+        self.settings = settings
+        self.path = settings["SECRET_FILE"] or SECRET_FILE
+        self.secrets = []
+        self.nonces = {}  # {secret: its Nonces}
+        if settings["SECRET_FILE"] or not is_absent(self.path):
             self.secrets = read_secrets(self.path)
 
     def check_signature(self, values, method, target, now):
@@ -377,26 +779,32 @@ class Guard:
             self.secrets = read_secrets(self.path)
         if not self.secrets and not os.path.exists(self.path):  # one that is no good: nobody may
             return
+        # Two signatures are as good as none: which of them would be meant?
         match = SIGNATURE_RE.fullmatch(values[0]) if len(values) == 1 else None
-        when, nonce, mac = match.groups() if match else ("0", "", "")
-        if not any(hmac.compare_digest(sign(secret, method, target, when, nonce), mac)
-                   for secret in self.secrets):
+        if not match:
             raise Refusal(401, "signature missing or wrong")
-        if abs(now - int(when)) > MAX_CLOCK_DIFFERENCE_S:
-            raise Refusal(401, "the clocks are %d s apart" % abs(now - int(when)))
-        with self.lock:  # a nonce is remembered for as long as its time is near enough
-            if len(self.nonces) >= MAX_NONCES:
-                self.nonces = {key: self.nonces[key] for key in self.nonces
-                               if self.nonces[key] >= now - MAX_CLOCK_DIFFERENCE_S}
-            if len(self.nonces) >= MAX_NONCES:
-                raise Refusal(503, "too many signed requests", RETRY_LATER)
-            if bytes.fromhex(nonce) in self.nonces:
-                raise Refusal(401, "signature missing or wrong")
-            self.nonces[bytes.fromhex(nonce)] = int(when)
+        when, nonce, mac = match.groups()
+        secret = self.find_secret(mac, method, target, when, nonce)
+        # The difference of the clocks tells nothing to who has no key.
+        difference = abs(now - int(when))
+        if difference > MAX_CLOCK_DIFFERENCE_S:
+            raise Refusal(401, "the clocks are %d s apart" % difference)
+        nonces = self.nonces.setdefault(secret, Nonces())
+        nonces.take(bytes.fromhex(nonce), int(when), now)
+
+    def find_secret(self, mac, *signed):
+        """The secret that signs like this, compared in constant time."""
+        for secret in self.secrets:
+            if hmac.compare_digest(sign(secret, *signed), mac):
+                return secret
+        raise Refusal(401, "signature missing or wrong")
 
     def check_address(self, text):
-        networks, address = self.settings["ALLOW_FROM"], ipaddress.ip_address(text.split("%")[0])
-        if networks and not any(address in network for network in networks):
+        networks = self.settings["ALLOW_FROM"]
+        if not networks:
+            return
+        address = ipaddress.ip_address(text.partition("%")[0])
+        if not any(address in network for network in networks):
             raise Refusal(403, "not from this address")
 
     def check_repo(self, repo):
@@ -404,26 +812,40 @@ class Guard:
         if not any(fnmatch.fnmatchcase(repo, glob) for glob in globs):
             raise Refusal(403, "not an allowed repository")
 
-class Slave:
-    """Takes signals, runs the updates that they ask for, and knows how these ended."""
+
+# -- updater ------------------------------------------------------------------
+
+class Updater:
+    """Takes signals and runs the updates that they ask for: one of a repository at a time."""
 
     def __init__(self, settings, command):
         """What was queued or running when the slave ended is queued again; OSError: can't."""
-        self.settings, self.command, self.stopping = settings, command, threading.Event()
-        self.lock, self.queued, self.running = threading.Lock(), {}, {}
+        self.settings = settings
+        self.command = command  # slave-activate's path
         self.repos = settings["REPOS_DIR"]
         self.journal = Journal(os.path.join(self.repos, ".server-update"))
-        self.environ = dict(os.environ, **{"SERVER_UPDATE_" + key: settings[key] for key in (
-            "BASE_URL", "REPOS_DIR", "HOOKS_DIR", "SUBMODULES")})
-        for repo, records in sorted(self.journal.records.items()):
-            if records.running:
-                records = self.record(repo, Records.interrupt, False)
-            if records.queued:
-                log("%s: update %d is taken up again", repo, records.queued.update)
-                self.queued[repo] = True
+        self.environ = dict(os.environ)
+        for key in ("BASE_URL", "REPOS_DIR", "HOOKS_DIR", "SUBMODULES"):
+            self.environ["SERVER_UPDATE_" + key] = settings[key]
+        self.stopping = threading.Event()
+        self.lock = threading.Lock()  # for the next two
+        self.queued = {}  # {repo: True}, who has waited longest first
+        self.running = {}  # {repo: its thread}
+        for repo in sorted(self.journal.records):
+            self.take_up(repo)
 
-    def record(self, repo, method, *args, **kwargs):
-        return self.journal.commit(repo, method, *args, time.time(), must_keep=True, **kwargs)
+    def take_up(self, repo):
+        """Queues what was queued or running when the slave ended."""
+        records = self.journal.records[repo]
+        if records.running:
+            records = self.record(repo, Records.interrupt, time.time())
+        if records.queued:
+            log("%s: update %d is taken up again", repo, records.queued.update)
+            self.queued[repo] = True
+
+    def record(self, repo, method, *args):
+        """Changes the records of a repository, in memory even where they can't be written."""
+        return self.journal.commit(repo, method, *args, is_forced=True)
 
     def take_signal(self, repo, ref, peer):
         """Queues an update; its record, which is on disk then, or a Refusal."""
@@ -432,219 +854,335 @@ class Slave:
         if repo not in self.queued and len(self.queued) >= MAX_QUEUED:
             raise Refusal(503, "too many updates are queued", RETRY_LATER)
         try:
-            record = self.journal.commit(repo, Records.accept, repo, ref, time.time()).queued
+            records = self.journal.commit(repo, Records.accept, repo, ref, time.time())
         except OSError as error:
             raise Refusal(503, "can't record the update: %s" % error.strerror, RETRY_LATER)
-        log("%s: update %d was asked for by %s", repo, record.update, peer)
+        log("%s: update %d was asked for by %s", repo, records.queued.update, peer)
         with self.lock:
             self.queued[repo] = True
         self.start_queued()
-        return record
+        return records.queued
 
     def start_queued(self):
         """Starts what has waited longest, as far as there is room; the rest stays queued."""
         with self.lock:
             for repo in [repo for repo in self.queued if repo not in self.running]:
-                if len(self.running) < MAX_RUNNING and not self.stopping.is_set():
-                    thread = threading.Thread(target=self.run_update, args=(repo,), daemon=True)
-                    with contextlib.suppress(RuntimeError):  # no thread: service_actions comes
-                        thread.start()
-                        self.running[repo] = thread
-                        del self.queued[repo]
+                if len(self.running) >= MAX_RUNNING or self.stopping.is_set():
+                    return
+                # Each update has a thread, which waits for a process most of the time.
+                thread = threading.Thread(target=self.run_update, args=(repo,), daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError:  # too many threads: service_actions comes again
+                    return
+                self.running[repo] = thread
+                del self.queued[repo]
 
     def run_update(self, repo):
+        """Runs what is queued of a repository to its end, whatever goes wrong with it."""
         try:
             if self.journal.records[repo].queued:
-                live = read_live_commit(os.path.join(self.repos, repo))
-                self.activate(repo, self.record(repo, Records.start, live).running)
+                self.activate(repo)
+        except Exception as error:
+            log("%s: the update can't go on: %r", repo, error)
+            self.end_update(repo, {"state": "failed", "message": "can't go on: %r" % error})
         finally:
             with self.lock:
                 del self.running[repo]
             self.start_queued()
 
-    def activate(self, repo, record):
-        """Runs slave-activate; how it ended is recorded before what it left is ended."""
+    def activate(self, repo):
+        """Runs slave-activate; how it ended is recorded before what it left is killed."""
+        live = read_live_commit(os.path.join(self.repos, repo))
+        record = self.record(repo, Records.start, live, time.time()).running
         log("%s: update %d starts, ref %s", repo, record.update, record.ref or "not given")
+        command = [self.command, repo]
+        if record.ref:
+            command.append(record.ref)
         try:
-            run = subprocess.Popen(
-                [self.command, repo] + ([record.ref] if record.ref else []), env=self.environ,
-                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                start_new_session=True)
+            run = Run(repo, command, self.environ)
         except OSError as error:
-            self.end_update(repo, state="failed", message="can't run %s" % error)
+            self.end_update(repo, {"state": "failed", "message": "can't run %s" % error})
             return
-        said = {}
-        reader = threading.Thread(target=log_stderr, args=(repo, run.stderr, said), daemon=True)
-        reader.start()
-        stdout, why = wait_for(run, self.settings["TIMEOUT"], self.stopping)
-        signal_group(run, signal.SIGTERM)  # what it left
-        reader.join(LEFTOVER_S)
-        if why == "stop" and run.returncode != 0:
-            self.record(repo, Records.interrupt, True)
-            log("%s: update %d stopped, to be taken up again", repo, record.update)
-        else:
-            self.end_update(repo, **judge(repo, run.returncode, stdout, said,
-                                          why == "timeout" and self.settings["TIMEOUT"]))
-        signal_group(run, signal.SIGKILL)
+        try:
+            # Its outcome is on disk before what it left is killed: that may take a while.
+            timeout_s = self.settings["TIMEOUT"]
+            why = run.wait(timeout_s, self.stopping)
+            run.end_rest()
+            if why == "stop" and run.status != 0:
+                self.record(repo, Records.stop)
+                log("%s: update %d stopped, to be taken up again", repo, record.update)
+            else:
+                late_after_s = timeout_s if why == "timeout" else None
+                stdout = run.read_stdout()
+                self.end_update(repo, judge(repo, run.status, stdout, run.said, late_after_s))
+        finally:
+            run.close()
 
-    def end_update(self, repo, **changes):
+    def end_update(self, repo, changes):
+        """Records how the running update has ended, and logs it."""
         if changes["state"] == "failed":
             changes["commit"] = read_live_commit(os.path.join(self.repos, repo))
-        done = self.record(repo, Records.finish, **changes).ended[-1]
+        done = self.record(repo, Records.finish, changes, time.time()).ended[-1]
+        message = done.message and ": " + done.message
         log("%s: update %d %s after %.1f s, live is %s%s", repo, done.update, done.state,
-            done.finished - done.started, done.commit, done.message and ": " + done.message)
+            done.finished - done.started, done.commit, message)
 
-    def stop(self):
-        """Blocks until no update runs: those that did are stopped and queued again."""
-        self.stopping.set()
-        with self.journal.changed:
-            self.journal.changed.notify_all()
-        for thread in list(self.running.values()):
-            thread.join()
+    def tend(self):
+        """Called twice a second: starts what could not be started before, or sees to the end."""
+        self.start_queued()
+        if self.stopping.is_set():
+            with self.journal.changed:
+                self.journal.changed.notify_all()  # who waits for an end hears how it is
 
-    def status(self, repo, update=0, wait_s=0):
-        """What /status tells of an update, or None; waits `wait_s` at most until it has ended."""
-        def look():
-            return self.journal.records.get(repo, Records()).find(update)
+    def has_stopped(self):
+        """Whether it was told to stop, and no update runs any more."""
+        return self.stopping.is_set() and not self.running
+
+    def find(self, repo, update):
+        records = self.journal.records.get(repo, Records())
+        return records.find(update) if update else records.newest()
+
+    def wait_for_end(self, repo, update, wait_s):
+        """Blocks until an update has ended or the slave stops, `wait_s` at most."""
+        def has_ended():
+            record = self.find(repo, update)
+            return not record or record.finished or self.stopping.is_set()
         with self.journal.changed:
-            self.journal.changed.wait_for(
-                lambda: not look() or look().finished or self.stopping.is_set(), wait_s)
-        record, tree = look(), os.path.join(self.repos, repo)
-        if record and record is self.journal.records[repo].find():
+            self.journal.changed.wait_for(has_ended, wait_s)
+
+    def status(self, repo, update=0):
+        """What /status tells of an update, or of the newest one; None where there is none."""
+        record = self.find(repo, update)
+        if not record:
+            return None
+        told = dict(zip(TOLD, record))
+        if record == self.journal.records[repo].newest():
+            tree = os.path.join(self.repos, repo)
             live = read_live_commit(tree)  # somebody may have put it live by hand
-            record = record._replace(commit=live) if live or not os.path.exists(tree) else record
-        return record and dict(zip(Record._fields[:10], record))
+            if live or not os.path.exists(tree):
+                told["commit"] = live
+        return told
+
+
+# -- handler: one connection ----------------------------------------------------
+
+class HeaderReader:
+    """Reads headers line by line, as http.server asks for them, within bounds."""
+
+    def __init__(self, file):
+        self.file = file
+        self.begin()
+
+    def begin(self):
+        """A new header begins."""
+        self.lines = 0
+        self.left = MAX_LINE_BYTES + MAX_HEADER_BYTES
+        self.is_inside = True
+
+    def readline(self, _limit):
+        """The next line; ConnectionError where the peer leaves in the middle of a header."""
+        # One byte more than is allowed tells a line that is too long from one that just fits.
+        line = self.file.readline(MAX_LINE_BYTES + 1)
+        self.left -= len(line)
+        if len(line) > MAX_LINE_BYTES or self.left < 0:
+            raise Refusal(431 if self.lines else 414, "request line or header too long")
+        if not line.endswith(b"\n") and (line or self.lines):
+            raise ConnectionAbortedError("cut off in the middle of a header")
+        if self.lines and not line.strip(b"\r\n"):
+            self.is_inside = False
+        self.lines += 1
+        return line
+
+    def close(self):
+        self.file.close()
+
+
+def has_repo(query):
+    return re.search("(^|&)repo(=|&|$)", query) is not None
+
+
+def is_whole(text):
+    return re.fullmatch("[0-9]{1,15}", text) is not None
+
+
+def is_seconds(text):
+    return re.fullmatch(r"[0-9]{1,15}(\.[0-9]+)?", text) is not None
+
+
+PARAMETERS = {"repo": is_repo_name, "ref": is_ref, "update": is_whole, "wait": is_seconds}
+
 
 def parse_query(query):
     """{name: value} of the parameters that mean something here; Refusal where they are bad."""
-    whole, values = re.compile("[0-9]{1,15}").fullmatch, {}
-    checks = {"repo": is_repo_name, "ref": is_ref, "update": whole,
-              "wait": re.compile(r"[0-9]{1,15}(\.[0-9]+)?").fullmatch}
-    for name, _, text in (part.partition("=") for part in query.split("&")):
+    values = {}
+    for part in query.split("&"):
+        name, _, text = part.partition("=")
+        # A URL in the master's list may have a query of its own.
+        if name not in PARAMETERS:
+            continue
         if name in values:
             raise Refusal(400, "'%s' is given twice" % name)
-        if name in checks:  # a URL in the master's list may have a query of its own
-            values[name] = unquote(text, errors="replace")  # U+FFFD is printable, hence:
-            if "\ufffd" in values[name] or not checks[name](values[name]):
-                raise Refusal(400, "bad '%s'" % name)
+        # What is no UTF-8 becomes U+FFFD, which is printable.
+        values[name] = unquote(text, errors="replace")
+        if "\ufffd" in values[name] or not PARAMETERS[name](values[name]):
+            raise Refusal(400, "bad '%s'" % name)
     return values
 
+
 class Handler(http.server.SimpleHTTPRequestHandler):
-    """Serves one connection in a thread of its own; Server drops it when its peer is too slow."""
+    """Serves one connection in a thread of its own, by http.server's flow: do_GET, do_HEAD."""
+
     protocol_version = "HTTP/1.1"
     default_request_version = "HTTP/1.0"  # a request without a version gets a whole answer too
-    server_version, sys_version = "server-update", VERSION
+    server_version = "server-update"
+    sys_version = VERSION
     timeout = SEND_TIMEOUT_S
     disable_nagle_algorithm = True
-    rbufsize, wbufsize = 512, 2048  # one write an answer; small, as there may be 256 of them
+    rbufsize = 512  # small, as there may be MAX_CONNECTIONS of them
+    wbufsize = 2048  # one write an answer
+
+    # What a connection is at, those first that give way first to a new one: see Server.drop_one.
+    READING, SENDING, FOLLOWING, ANSWERING = range(4)
 
     def setup(self):
-        if self.server.tls:  # the handshake is part of the first read
+        if self.server.tls:
+            # The handshake is part of the first read, in this thread and under its deadline.
             self.request = self.server.tls.wrap_socket(self.request, server_side=True,
                                                        do_handshake_on_connect=False)
         super().setup()
-        self.input, self.waits_since = self.rfile, time.monotonic()  # None: it is our turn
+        self.rfile = HeaderReader(self.rfile)
+        self.enter(self.READING)
+        # Last, as finish() is called only for what has come so far.
         self.server.handlers.add(self)
+
+    def enter(self, stage):
+        self.stage = stage
+        self.since = time.monotonic()
 
     def finish(self):
         """Closes the connection; what its peer still sends comes first: else it gets no answer."""
-        super().finish()
-        self.waits_since = time.monotonic()
-        with contextlib.suppress(OSError):
+        self.enter(self.READING)
+        try:
+            # What is left in the buffer goes out here.
+            super().finish()
+            # Input that is unread at the close makes the kernel drop what is still to be sent.
             socket.socket.shutdown(self.request, socket.SHUT_WR)
-            self.request.settimeout(1)
+            self.request.settimeout(CLOSE_TIMEOUT_S)
             self.request.recv(MAX_HEADER_BYTES)
-        self.drop()
-        self.request.close()
+        except OSError:
+            pass  # the peer has gone
+        finally:
+            self.server.handlers.discard(self)
+            self.drop()
+            self.request.close()
 
     def drop(self):
-        self.server.handlers.discard(self)
+        """Ends the connection, from any thread."""
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self.request, socket.SHUT_RDWR)  # not ssl's: another thread
 
     def handle_one_request(self):
-        """Reads one request and answers it."""
-        self.close_connection = True
+        """Reads one request and answers it, an error too."""
         self.requestline = self.request_version = self.command = ""
-        self.waits_since = time.monotonic()
+        self.enter(self.READING)
+        self.rfile.begin()
         try:
-            if not self.read_head() or not self.parse_request():
-                return
-            self.waits_since = None
-            has_body = "Content-Length" in self.headers or "Transfer-Encoding" in self.headers
-            self.close_connection |= has_body or self.request_version == "HTTP/1.0"
-            self.answer(self.requestline.split()[1])
+            super().handle_one_request()
         except Refusal as refusal:
-            status, text, *headers = refusal.args
-            log("refused with %d from %s: %s: %s", status, self.client_address[0], text,
-                self.requestline[:200])
-            self.send(status, {"error": text}, *headers)
+            self.refuse(*refusal.args)
+
+    def refuse(self, status, text, *headers):
+        if self.rfile.is_inside:  # what comes next is no request
+            self.close_connection = True
+        log("refused with %d from %s: %s: %s", status, self.client_address[0], text,
+            self.requestline[:200])
+        self.send(status, {"error": text}, *headers)
         self.wfile.flush()
 
-    def read_head(self):
-        """Reads a whole header, for parse_request; False where the peer leaves before its end."""
-        lines, left = [], MAX_LINE_BYTES + MAX_HEADER_BYTES
-        while not lines or lines[-1].strip(b"\r\n"):
-            lines.append(self.input.readline(MAX_LINE_BYTES + 1))
-            left -= len(lines[-1])
-            if len(lines[-1]) > MAX_LINE_BYTES or left < 0:
-                raise Refusal(414 if len(lines) == 1 else 431, "request line or header too long")
-        self.raw_requestline, self.rfile = lines[0], io.BytesIO(b"".join(lines[1:]))
-        return lines[-1] != b""
+    def parse_request(self):
+        """As in http.server; a body, which nobody reads, is the last of a connection."""
+        if not super().parse_request():
+            return False
+        self.enter(self.ANSWERING)
+        has_body = "Content-Length" in self.headers or "Transfer-Encoding" in self.headers
+        if has_body or self.request_version == "HTTP/1.0":
+            self.close_connection = True
+        self.server.guard.check_address(self.client_address[0])
+        return True
 
     def send_error(self, code, message=None, explain=None):
         """What http.server itself refuses; its messages quote the request, so they go nowhere."""
+        if code == http.HTTPStatus.NOT_IMPLEMENTED:
+            raise Refusal(405, "only GET and HEAD", ("Allow", "GET, HEAD"))
         raise Refusal(code, http.HTTPStatus(code).phrase.lower())
 
     def log_message(self, *args):
-        return True  # see log()
-    handle_expect_100 = log_message  # go on without a word: a body is not wanted
+        """Nothing: see log()."""
 
-    def answer(self, target):
-        """Answers the request for `target`, as it was sent; Refusal where there is no answer."""
-        self.server.guard.check_address(self.client_address[0])
-        if self.command not in ("GET", "HEAD"):
-            raise Refusal(405, "only GET and HEAD", ("Allow", "GET, HEAD"))
-        path, _, query = re.sub("^https?://[^/?]*", "", target, flags=re.I).partition("?")
+    def handle_expect_100(self):
+        return True  # go on without a word: a body is not wanted
+
+    def do_GET(self):
+        target = self.requestline.split()[1]  # as it was sent, which is what is signed
+        path, _, query = ORIGIN_RE.sub("", target).partition("?")
+        # These two never need a signature; everything else is checked before it is parsed.
         if path == "/healthz":
             self.send(200, "ok")
-        elif path in ("", "/") and not re.search("(^|&)repo(=|&|$)", query):
+        elif path in ("", "/") and not has_repo(query):
             self.answer_front(self.server.served_file)
         else:
-            signatures = self.headers.get_all("X-Server-Update-Signature", [])
-            self.server.guard.check_signature(signatures, self.command, target, int(time.time()))
-            values = parse_query(query)
-            if "repo" in values:
-                self.server.guard.check_repo(values["repo"])
-            if path == "/status":
-                self.answer_status(**values)
-            elif path in ("", "/", "/get", "/get/"):
-                self.answer_signal(**values)
-            else:
-                raise Refusal(404, "no such path")
+            self.check_signature(target)
+            self.answer(path, parse_query(query))
+
+    do_HEAD = do_GET
+
+    def check_signature(self, target):
+        signatures = self.headers.get_all("X-Server-Update-Signature", [])
+        now = int(time.time())
+        self.server.guard.check_signature(signatures, self.command, target, now)
+
+    def answer(self, path, parameters):
+        """Answers what only who may ask gets an answer to."""
+        if "repo" in parameters:
+            self.server.guard.check_repo(parameters["repo"])
+        if path == "/status":
+            self.answer_status(**parameters)
+        elif path in ("", "/", "/get", "/get/"):
+            self.answer_signal(**parameters)
+        else:
+            raise Refusal(404, "no such path")
 
     def answer_signal(self, repo=None, ref=None, **_):
         if self.command != "GET":
             raise Refusal(405, "only GET starts an update", ("Allow", "GET"))
         if repo is None:
             raise Refusal(400, "no 'repo'")
-        record = self.server.slave.take_signal(repo, ref, self.client_address[0])
-        self.send(202, {"repo": repo, "update": record.update, "state": record.state, "ref": ref},
-                  ("Location", "/status?repo=%s&update=%d" % (repo, record.update)))
+        peer = self.client_address[0]
+        record = self.server.updater.take_signal(repo, ref, peer)
+        told = {key: getattr(record, key) for key in ("repo", "update", "state", "ref")}
+        location = "/status?repo=%s&update=%d" % (repo, record.update)
+        self.send(202, told, ("Location", location))
 
-    def answer_status(self, repo=None, update=0, wait=0, **_):
-        slave, wait_s = self.server.slave, min(float(wait), MAX_WAIT_S)
+    def answer_status(self, repo=None, update="0", wait="0", **_):
+        """One repository's record, once it has ended or `wait` seconds are over; or all."""
+        updater = self.server.updater
         if repo is None:
-            told = {"version": VERSION, "repos": {
-                name: slave.status(name) for name in sorted(slave.journal.records.copy())}}
-        else:
-            self.waits_since = time.monotonic() + wait_s  # it gives way to others, the last
-            told = slave.status(repo, int(update), wait_s)
+            # A copy, as the journal goes on meanwhile.
+            names = sorted(updater.journal.records.copy())
+            repos = {name: updater.status(name) for name in names}
+            self.send(200, {"version": VERSION, "repos": repos})
+            return
+        self.enter(self.FOLLOWING)
+        update = int(update)
+        updater.wait_for_end(repo, update, min(float(wait), MAX_WAIT_S))
+        told = updater.status(repo, update)
         if not told:
             raise Refusal(404, "no such update was asked for here")
         self.send(200, told)
 
     def answer_front(self, path):
+        """The served file, or where there is none a word about what this is."""
         if not path:
             self.send(200, "a server-update slave: /?repo=NAME starts an update")
             return
@@ -652,20 +1190,30 @@ class Handler(http.server.SimpleHTTPRequestHandler):
             raise Refusal(404, "the served file does not exist now")
         if not os.access(path, os.R_OK):
             raise Refusal(403, "the served file may not be read by the slave's user")
-        self.close_connection = True  # should the file grow, what is too much is not read
-        self.waits_since = time.monotonic()
-        with self.send_head() or io.BytesIO() as file:
-            shutil.copyfileobj(file if self.command == "GET" else io.BytesIO(), self.wfile)
+        # Should the file grow, what is too much is not read.
+        self.close_connection = True
+        self.enter(self.SENDING)
+        file = self.send_head()
+        if file:
+            with file:
+                if self.command == "GET":
+                    shutil.copyfileobj(file, self.wfile)
 
     def translate_path(self, path):
         return self.server.served_file
 
     def send(self, status, value, *headers):
-        is_text = isinstance(value, str)
-        body = (value if is_text else json.dumps(value)).encode("ascii") + b"\n"
+        """Sends a whole answer: a text, or anything else as JSON."""
+        if isinstance(value, str):
+            kind = "text/plain"
+            body = value.encode("ascii") + b"\n"
+        else:
+            kind = "application/json"
+            body = json.dumps(value).encode("ascii") + b"\n"
         self.send_response(status)
-        for header in (("Content-Type", "text/plain" if is_text else "application/json"),
-                       ("Content-Length", str(len(body)))) + headers:
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        for header in headers:
             self.send_header(*header)
         self.end_headers()
         if self.command != "HEAD":
@@ -676,69 +1224,115 @@ class Handler(http.server.SimpleHTTPRequestHandler):
             self.send_header("Connection", "close")
         super().end_headers()
 
+
+# -- server: all connections -----------------------------------------------------
+
+class Stopped(Exception):
+    """All updates have been stopped: the server's loop ends."""
+
+
 class Server(http.server.ThreadingHTTPServer):
-    """Accepts connections; of too many the one that has waited longest for its peer gives way."""
+    """Accepts connections, and drops those that are late or too many."""
+
     daemon_threads = True
     allow_reuse_port = False  # a second slave on the same port is a mistake
     request_queue_size = 1024
     server_bind = http.server.socketserver.TCPServer.server_bind  # HTTPServer's looks up a name
 
-    def __init__(self, slave, guard, served_file):
-        self.slave, self.guard, self.served_file, self.tls = slave, guard, served_file, None
-        self.accepted, self.idle, self.handlers = SimpleQueue(), threading.Semaphore(0), set()
+    def __init__(self, updater, guard, served_file):
+        """Listens; OSError or ValueError where it can't, or where the certificate is no good."""
+        self.updater = updater
+        self.guard = guard
+        self.served_file = served_file
+        self.tls = None
+        self.accepted = SimpleQueue()  # connections that a thread is to serve
+        self.idle = threading.Semaphore(0)  # threads that wait for one
+        self.handlers = set()
+        self.tended = 0  # when late connections were last looked for
         self.read_certificate()
-        address = str(slave.settings["BIND"] or (
-            "::" if os.path.exists("/proc/net/if_inet6") else "0.0.0.0"))
-        self.address_family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        port = updater.settings["PORT"]
+        address = str(updater.settings["BIND"] or any_address())
+        if ":" in address:
+            self.address_family = socket.AF_INET6
         try:
-            super().__init__((address, slave.settings["PORT"]), Handler)
+            super().__init__((address, port), Handler)
         except OSError as error:
             raise OSError("can't listen on port %d of %s: %s (see PORT and BIND)" % (
-                slave.settings["PORT"], address, error.strerror))
+                port, address, error.strerror))
 
     def read_certificate(self, *_):
         """Makes ready for TLS, where a certificate is set; the old one stays if it is no good."""
-        cert, key = self.slave.settings["TLS_CERT"], self.slave.settings["TLS_KEY"]
+        cert = self.updater.settings["TLS_CERT"]
+        key = self.updater.settings["TLS_KEY"]
+        if not cert:
+            return
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         try:
-            if cert:
-                context.load_cert_chain(cert, key, password=lambda: "")  # it must never ask
-                self.tls = context
-                log("the TLS certificate is read from %s", cert)
+            context.load_cert_chain(cert, key, password=lambda: "")  # it must never ask
         except (OSError, ValueError) as error:
             text = "bad TLS_CERT '%s' or TLS_KEY '%s': %s" % (cert, key or cert, error)
             if not self.tls:
                 raise ValueError(text)
             log("the certificate stays what it was: %s", text)
+            return
+        self.tls = context
+        log("the TLS certificate is read from %s", cert)
 
     def service_actions(self):
-        """Called twice a second at least: drops connections that are late, starts what waits."""
-        late = time.monotonic() - HEADER_TIMEOUT_S
+        """Called by serve_forever after each connection, and twice a second at least."""
+        now = time.monotonic()
+        if now < self.tended + TEND_S:
+            return
+        self.tended = now
         for handler in list(self.handlers):
-            if (handler.waits_since or late) < late:
+            if handler.stage == Handler.READING and now > handler.since + HEADER_TIMEOUT_S:
                 handler.drop()
-        self.slave.start_queued()
+        self.updater.tend()
+        if self.updater.has_stopped():
+            raise Stopped
 
     def process_request(self, request, client_address):
-        """Has a thread serve a new connection; where there are too many another one ends."""
+        """Has a thread serve a new connection."""
+        # There is always room for a new one, or silent ones could shut everybody out.
         if len(self.handlers) >= MAX_CONNECTIONS:
-            waiting = {one: one.waits_since for one in list(self.handlers)}
-            min(waiting, key=lambda one: waiting[one] or float("inf")).drop()
-        if not self.idle.acquire(blocking=False):  # to start a thread costs half an answer
+            self.drop_one()
+        # To start a thread costs half an answer, so those that have served one wait for another.
+        if not self.idle.acquire(blocking=False):
             threading.Thread(target=self.serve_accepted, daemon=True).start()
-        self.accepted.put((request, (MAPPED_RE.sub("", client_address[0]), client_address[1])))
+        # A socket for both families says ::ffff:192.0.2.1 for an address of IPv4.
+        address = MAPPED_RE.sub("", client_address[0])
+        self.accepted.put((request, (address, client_address[1])))
+
+    def finish_answers(self):
+        """Lets who waits for an answer at the end still have it."""
+        deadline = time.monotonic() + CLOSE_TIMEOUT_S
+        while time.monotonic() < deadline:
+            stages = {handler.stage for handler in list(self.handlers)}
+            if not stages & {Handler.FOLLOWING, Handler.ANSWERING}:
+                return
+            time.sleep(POLL_S)
+
+    def drop_one(self):
+        """Ends the connection that can best be spared: who has waited longest for its peer."""
+        handlers = list(self.handlers)
+        # Within a stage it is who has been in it longest.
+        min(handlers, key=lambda handler: (handler.stage, handler.since)).drop()
 
     def serve_accepted(self):
+        """Serves one connection after the other, until none comes for IDLE_S."""
         while True:
-            with contextlib.suppress(Empty):
-                self.process_request_thread(*self.accepted.get(timeout=IDLE_S))
-                if len(self.handlers) > MAX_CONNECTIONS // 8:  # so many would keep much memory
-                    return
-                self.idle.release()
+            try:
+                request, client_address = self.accepted.get(timeout=IDLE_S)
+            except Empty:
+                if self.idle.acquire(blocking=False):
+                    return  # nobody counts on this thread
                 continue
-            if self.idle.acquire(blocking=False):  # else there is something by now
+            self.process_request_thread(request, client_address)
+            # After a crowd, so many idle threads would keep much memory.
+            if len(self.handlers) > MAX_CONNECTIONS // 8:
                 return
+            self.idle.release()
 
     def handle_error(self, request, client_address):
         """What a connection ended with: mostly its peer's doing, which is nobody's concern."""
@@ -746,51 +1340,89 @@ class Server(http.server.ThreadingHTTPServer):
         if not isinstance(error, OSError) or isinstance(error, ssl.SSLError):
             log("connection of %s: %r", client_address[0], error)
 
-def run(options):
-    """Serves until SIGTERM or SIGINT; OSError or ValueError where it can't start."""
-    settings = read_settings(os.environ, options)
-    guard, served_file = Guard(settings), options["FILE"] and os.path.abspath(options["FILE"])
-    if served_file and os.path.isdir(served_file):
-        raise ValueError("'%s' is a folder, not a file to serve" % served_file)
-    command = shutil.which("slave-activate", path=os.pathsep.join(
-        [os.environ.get("PATH", os.defpath), os.path.dirname(os.path.abspath(__file__)), "/bin"]))
+
+def any_address():
+    """What is bound for all addresses of this machine."""
+    if os.path.exists("/proc/net/if_inet6"):
+        return "::"  # and all of IPv4 with it
+    return "0.0.0.0"
+
+
+# -- main --------------------------------------------------------------------------
+
+def find_slave_activate():
+    """Its path: on PATH, beside this script, or in /bin."""
+    beside = os.path.dirname(os.path.abspath(__file__))
+    folders = [os.environ.get("PATH", os.defpath), beside, "/bin"]
+    command = shutil.which("slave-activate", path=os.pathsep.join(folders))
     if not command:
         raise OSError("no slave-activate on PATH, beside slave.py or in /bin")
-    threading.stack_size(2 << 20)  # glibc keeps 40 MB of used stacks: better a few large ones
-    server = Server(Slave(settings, command), guard, served_file)
+    return command
+
+
+def stop_on_signals(updater):
+    def stop(*_):
+        log("stopping")
+        updater.stopping.set()
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+
+
+def serve(options):
+    """Serves until SIGTERM or SIGINT; OSError or ValueError where it can't start."""
+    settings = read_settings(os.environ, options)
+    guard = Guard(settings)
+    served_file = options["FILE"] and os.path.abspath(options["FILE"])
+    if served_file and os.path.isdir(served_file):
+        raise ValueError("'%s' is a folder, not a file to serve" % served_file)
+    command = find_slave_activate()
+    # glibc keeps 40 MB of stacks that were used: better a few large ones.
+    threading.stack_size(2 << 20)
+    # What was queued starts once it listens.
+    updater = Updater(settings, command)
+    server = Server(updater, guard, served_file)
     if not guard.secrets:
         log("no secret: who can reach the port can have repositories of %s updated here; to "
             "change that, put one into %s", settings["BASE_URL"], guard.path)
-    def stop():
-        log("stopping")
-        server.slave.stop()
-        server.shutdown()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: threading.Thread(target=stop).start())
+    stop_on_signals(updater)
     signal.signal(signal.SIGHUP, server.read_certificate)
     log("clones go live in %s, by %s", settings["REPOS_DIR"], command)
     log("listening on port %d (%s%s)", server.server_address[1],
         settings["BIND"] or "all addresses", ", TLS" if server.tls else "")
-    server.serve_forever()
+    with contextlib.suppress(Stopped):
+        # Signals end it by way of service_actions, once no update runs.
+        server.serve_forever()
+    server.finish_answers()
 
-def main(argv=None):
-    """Does what the command line says; returns the exit status."""
+
+def make_parser():
+    """The command line: an option for each setting, and FILE."""
     parser = argparse.ArgumentParser(
         "slave.py", "slave.py [options] [FILE]", __doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("FILE", nargs="?", help="serve this file at /")
-    for key, (default, _, _, text) in SETTINGS.items():
-        parser.add_argument(option_name(key), dest=option_name(key), metavar=key,
-                            help=text + (" (%s)" % default if default else ""))
+    for key, setting in SETTINGS.items():
+        text = setting.help
+        if setting.default:
+            text += " (%s)" % setting.default
+        name = option_name(key)
+        parser.add_argument(name, dest=name, metavar=key, help=text)
     parser.add_argument("--version", action="version", version="slave.py " + VERSION)
+    return parser
+
+
+def main(argv=None):
+    """Does what the command line says; returns the exit status."""
+    options = vars(make_parser().parse_args(argv))
     try:
-        run(vars(parser.parse_args(argv)))
+        serve(options)
     except (OSError, ValueError) as error:
         name = getattr(error, "filename", None)
-        error_line = "can't use '%s': %s" % (name, error.strerror) if name else error
-        print("slave.py: %s" % error_line, file=sys.stderr)
+        text = "can't use '%s': %s" % (name, error.strerror) if name else str(error)
+        print("slave.py: %s" % text, file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
     return 0
+
 
 if __name__ == "__main__":
     sys.exit(main())

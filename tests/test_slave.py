@@ -20,6 +20,7 @@ ROUNDS = int(os.environ.get("ROUNDS", 24))  # of kill -9, with a quick slave-act
 REAL_ROUNDS = int(os.environ.get("REAL_ROUNDS", 4))  # with the real one
 BURST = 1000  # signals
 UPDATES = 200  # for zombies, memory and open files
+THREADS = 2  # of a slave that has nothing to do: who accepts, and who writes
 TOO_LONG = "x" * 256  # for the name of a file
 EXCHANGES = int(os.environ.get("EXCHANGES", 20))  # of the repository that has the served file
 # -- never lost
@@ -417,7 +418,7 @@ def test_no_zombies_and_flat_memory(start_slave, upstream):
     def measure():
         wait_until(lambda: processes_below(slave.home.parent) == [slave.process.pid], 5)
         folder = "/proc/%d/" % slave.process.pid
-        wait_until(lambda: len(os.listdir(folder + "task")) == 1, 5, what="threads to end")
+        wait_until(lambda: len(os.listdir(folder + "task")) == THREADS, 5, what="threads to end")
         return rss_kib(slave.process.pid), len(os.listdir(folder + "fd"))
 
     update(10)

@@ -26,19 +26,35 @@ def publish_with(text):
 
 
 Mutation = namedtuple("Mutation", "name script pattern replacement scenario")
+GUARD = r'(?m)^if __name__ == "__main__":$'  # a definition that comes before it replaces ours
+AT_GUARD = '\n\nif __name__ == "__main__":'
 MUTATIONS = [
-    Mutation("answer before the record is written", "slave.py",
-             r"self\.save\(repo, after\[repo\]\)",
-             "threading.Timer(5, self.save, (repo, after[repo])).start()",
+    Mutation("answer before the record is written", "slave.py", GUARD,
+             "save_now = Journal.save\n"
+             "def save(self, *args):\n"
+             "    threading.Timer(5, save_now, (self, *args)).start()\n"
+             "Journal.save = save\n"
+             + AT_GUARD,
              scenarios.accepted_survives_a_loss_of_power),
-    Mutation("no fsync of the record", "slave.py",
-             r"os\.fsync\(handle\.fileno\(\)\)", "pass",
+    Mutation("no fsync of the record", "slave.py", GUARD,
+             "def write_synced(path, content):\n"
+             "    with open(path, \"wb\") as handle:\n"
+             "        handle.write(content)\n"
+             + AT_GUARD,
              scenarios.accepted_is_on_disk_before_the_answer),
-    Mutation("no fsync of the record's folder", "slave.py",
-             r"os\.fsync\(self\.folder_fd\)", "pass",
+    Mutation("no fsync of the record's folder", "slave.py", GUARD,
+             "def sync(self):\n"
+             "    pass\n"
+             "Journal.sync = sync\n"
+             + AT_GUARD,
              scenarios.accepted_is_on_disk_before_the_answer),
-    Mutation("what was queued is not taken up again", "slave.py",
-             r"(taken up again\", repo, records\.queued\.update\)\n +).*\n", r"\1pass\n",
+    Mutation("what was queued is not taken up again", "slave.py", GUARD,
+             "take_up_all = Updater.take_up\n"
+             "def take_up(self, repo):\n"
+             "    take_up_all(self, repo)\n"
+             "    self.queued.clear()\n"
+             "Updater.take_up = take_up\n"
+             + AT_GUARD,
              scenarios.accepted_survives_a_loss_of_power),
     Mutation("no flush before the exchange", "slave-activate", LAST_LINE,
              publish_with("def flush_to_disk(new):\n    pass\n"),
@@ -76,25 +92,46 @@ MUTATIONS = [
     Mutation("any name by hand", "slave-activate", LAST_LINE,
              "check_arguments() { :; }\n",
              scenarios.no_name_reaches_outside_by_hand),
-    Mutation("any name by HTTP", "slave.py",
-             r"(?s)(def is_repo_name\(text\):\n    \"\"\".*?\"\"\"\n)", r"\1    return True\n",
+    Mutation("any name by HTTP", "slave.py", GUARD,
+             "def is_repo_name(text):\n"
+             "    return True\n"
+             "PARAMETERS[\"repo\"] = is_repo_name\n"
+             + AT_GUARD,
              scenarios.no_name_reaches_outside_by_http),
-    Mutation("no signature is as good as a right one", "slave.py",
-             r"if not self\.secrets and", "if not values or not self.secrets and",
+    Mutation("no signature is as good as a right one", "slave.py", GUARD,
+             "check_all = Guard.check_signature\n"
+             "def check_signature(self, values, *rest):\n"
+             "    if values:\n"
+             "        check_all(self, values, *rest)\n"
+             "Guard.check_signature = check_signature\n"
+             + AT_GUARD,
              scenarios.an_unsigned_signal_is_refused),
-    Mutation("the older ref wins", "slave.py",
-             r"Record\(repo, update, ref,",
-             "Record(repo, update, records.queued.ref if records.queued else ref,",
+    Mutation("the older ref wins", "slave.py", GUARD,
+             "accept_newer = Records.accept\n"
+             "def accept(self, repo, ref, *rest):\n"
+             "    ref = self.queued.ref if self.queued else ref\n"
+             "    return accept_newer(self, repo, ref, *rest)\n"
+             "Records.accept = accept\n"
+             + AT_GUARD,
              scenarios.the_last_signal_wins),
-    Mutation("ids follow the clock", "slave.py",
-             r"update = max\(.*\)", "update = int(now * 1000)",
+    Mutation("ids follow the clock", "slave.py", GUARD,
+             "def next_update_id(newest, now):\n"
+             "    return int(now * 1000)\n"
+             + AT_GUARD,
              scenarios.ids_grow_although_the_clock_went_back),
-    Mutation("only the shell is ended, not its group", "slave.py",
-             r"os\.killpg\(", "os.kill(",
+    Mutation("only the shell is ended, not its group", "slave.py", GUARD,
+             "def signal_group(leader, number):\n"
+             "    with contextlib.suppress(ProcessLookupError):\n"
+             "        os.kill(leader, number)\n"
+             + AT_GUARD,
              scenarios.nothing_of_a_run_outlives_it),
-    Mutation("slave-activate's exit status ignored", "slave.py",
-             r'{"state": "failed", "message": message\[:300\]}',
-             '{"state": "live", "message": message, "commit": None, "previous": None}',
+    Mutation("slave-activate's exit status ignored", "slave.py", GUARD,
+             "judge_well = judge\n"
+             "def judge(*run):\n"
+             "    changes = {\"commit\": None, \"previous\": None}\n"
+             "    changes.update(judge_well(*run), state=\"live\")\n"
+             "    return changes\n"
+             + AT_GUARD,
              scenarios.a_failed_update_is_no_success),
     Mutation("unreachable is as good as live", "server-update",
              r"result\.outcome not in GOOD", 'result.outcome not in (*GOOD, "unreachable")',
