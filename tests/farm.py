@@ -119,6 +119,19 @@ def forgetful(request):
     return accepted()
 
 
+def updates_when(is_due, **fields):
+    """A kind that takes the signal and has its outcome once is_due() says so."""
+
+    def kind(request):
+        if not request.path.startswith("/status"):
+            return accepted()
+        if is_due():
+            return told(**fields)
+        return Answer(((0.1, http("200 OK", json.dumps(record("running")))),), "close")
+
+    return kind
+
+
 def answering(answers):
     """A kind that answers as {beginning of a path: (status, text, bytes or what becomes JSON)}.
 
@@ -169,6 +182,10 @@ class Farm:
     def addresses_signalled(self):
         """The addresses in the order of their first signal."""
         return list(self.order)
+
+    def addresses_open(self):
+        """The addresses of the slaves that have a connection now."""
+        return {state["slave"] for state in list(self.open.values()) if "slave" in state}
 
     def close(self):
         self.is_stopping = True
@@ -230,6 +247,7 @@ class Farm:
         self.requests.append(request)
         answer = self.kinds[slave](request)
         self.open[sock] = {
+            "slave": slave,
             "parts": [(now + after, data) for after, data in answer.parts],
             "ends": answer.ends,
         }

@@ -5,8 +5,10 @@ import re
 import time
 from signal import SIGKILL
 
+LATEST_S = 30  # by then what is waited for has happened also on a busy machine
 
-def wait_until(true, timeout=10, every=0.01, what="it"):
+
+def wait_until(true, timeout=LATEST_S, every=0.01, what="it"):
     """Wait until true() is; its value. For what sends no event: a file, another process."""
     end = time.monotonic() + timeout
     while True:
@@ -58,6 +60,13 @@ def rss_kib(pid):
         return int(re.search(r"VmRSS:\s+(\d+)", status.read()).group(1))
 
 
+def cpu_s(pid):
+    """The processor's time that a process has used, ended or not, until it is reaped."""
+    with open("/proc/%d/stat" % pid) as stat:
+        user, system = stat.read().rsplit(")", 1)[1].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
 def kill(pid, number=SIGKILL):
     """Signal a process that may be gone already."""
     try:
@@ -67,6 +76,12 @@ def kill(pid, number=SIGKILL):
 
 
 def kill_all_below(folder):
-    """kill -9 of what processes_below finds."""
-    for pid in processes_below(folder):
-        kill(pid)
+    """kill -9 of what processes_below finds, until it finds nothing: one may start others."""
+
+    def is_empty():
+        found = processes_below(folder)
+        for pid in found:
+            kill(pid)
+        return not found
+
+    wait_until(is_empty, what="the end of all below %s" % folder)

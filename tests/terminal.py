@@ -20,7 +20,8 @@ class Run:
 
     def __init__(self, tmp_path, entries, *options, columns=None, both=True, env=None):
         slavelist = tmp_path / "slavelist.txt"
-        slavelist.write_text("".join(entry + "\n" for entry in entries))
+        if entries is not None:  # else it is there already
+            slavelist.write_text("".join(entry + "\n" for entry in entries))
         command = [*SERVER_UPDATE, "--list", str(slavelist)]
         environ = dict(os.environ, **dict({"TERM": "xterm", "LC_ALL": "C.UTF-8"}, **(env or {})))
         mine, theirs = pty.openpty() if columns else os.pipe()

@@ -121,7 +121,7 @@ def test_a_long_poll_is_held_until_its_time_is_up(start_slave, upstream, http_up
     began = time.monotonic()
     record = slave.json("/status?repo=hanuman&update=%d&wait=1" % update)
     assert record["state"] in ("queued", "running")
-    assert 0.9 < time.monotonic() - began < 4
+    assert 0.9 < time.monotonic() - began < 20
 
 
 @pytest.mark.parametrize(
@@ -224,15 +224,15 @@ def test_a_stopping_slave_says_503_or_is_gone(start_slave, upstream, http_upstre
     update = slave.signal()
     wait_until(lambda: slave.json("/status?repo=hanuman")["state"] == "running")
     slave.process.terminate()
-    answers, end = [], time.monotonic() + 15
+    answers, end = [], time.monotonic() + 60
     while slave.process.poll() is None and time.monotonic() < end:
         try:
-            status, headers, _ = slave.get("/?repo=hanuman", timeout=5)
+            status, headers, _ = slave.get("/?repo=hanuman")
             answers.append((status, headers["Retry-After"] is not None))
         except (OSError, ValueError):
             break
     assert set(answers) <= {(202, False), (503, True)}
-    assert slave.process.wait(1) == 0
+    assert slave.process.wait(60) == 0
     http_upstream.fault = None
     slave.start()
     assert slave.json("/status?repo=hanuman&update=%d&wait=30" % update)["state"] == "live"
@@ -244,7 +244,7 @@ def test_it_stops_whichever_of_its_threads_gets_the_signal(start_slave, number):
     with socket.create_connection(("127.0.0.1", slave.port), 5):  # has a thread of its own
         threads = wait_until(lambda: os.listdir("/proc/%d/task" % slave.process.pid)[1:])
         assert ctypes.CDLL(None).tgkill(slave.process.pid, int(threads[-1]), number) == 0
-        assert slave.process.wait(10) == 0
+        assert slave.process.wait(60) == 0
 
 
 # -- names and refs, judged the same by each of the three ------------------

@@ -318,7 +318,7 @@ def test_without_root_from_nothing_to_an_update(installer, as_user, upstream, tm
         slave = subprocess.Popen(command, env=env, stdout=log, stderr=log)
     try:
         listening = re.compile(r"listening on port (\d+)")
-        found = wait_until(lambda: listening.search(log_file.read_text()), 15, what="slave.py")
+        found = wait_until(lambda: listening.search(log_file.read_text()), what="slave.py")
         port = found.group(1)
         out = installer.check(
             "master", "127.0.0.1:" + port, *prefix, staged=False, before=as_user, env=env

@@ -367,7 +367,7 @@ def test_stopping_the_service_stops_a_running_update_cleanly(booted):
     booted.check("sh", "-c", "until [ -e /srv/up/begun ]; do sleep 0.1; done")
     before = time.monotonic()
     booted.check("systemctl", "stop", SERVICE)
-    assert time.monotonic() - before < 20
+    assert time.monotonic() - before < 60  # systemd's own limit is 90 s
     assert show(booted, "Result") == "success"
     left = booted.check("ls", "-A", "/home/alice/repos", "/home/alice/repos/.server-update")
     assert ".new" not in left and "hanuman.json" in left

@@ -70,7 +70,7 @@ def test_mute_slaves_and_few_threads(server_update, monkeypatch, farm, capsys):
 
     monkeypatch.setattr(threading.Thread, "start", few)
     entries = [entry for pair in zip(mutes, live) for entry in pair]
-    assert run_in_process(server_update, monkeypatch, entries, "--timeout=3", "--json") == 1
+    assert run_in_process(server_update, monkeypatch, entries, "--timeout=6", "--json") == 1
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     outcomes = {line["slave"]: line["outcome"] for line in lines if line["type"] == "result"}
     assert outcomes == dict(dict.fromkeys(live, "live"), **dict.fromkeys(mutes, "unreachable"))
@@ -98,10 +98,10 @@ def test_threads_share_one_cpu_unless_they_encrypt(scheme, tmp_path):
         slavelist.write_text("%s://127.0.0.1:%d\n" % (scheme, listener.getsockname()[1]))
         command = [*SERVER_UPDATE, "--list", str(slavelist), "hanuman"]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        listener.settimeout(20)
+        listener.settimeout(60)
         listener.accept()[0].close()
         cpus = os.sched_getaffinity(process.pid)
         process.send_signal(signal.SIGINT)
-        assert process.wait(10) == 130
+        assert process.wait(60) == 130
     assert cpus <= allowed
     assert len(cpus) == (1 if scheme == "http" else len(allowed))

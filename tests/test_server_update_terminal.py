@@ -7,19 +7,32 @@ import re
 import select
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
 import pytest
-from farm import COMMIT, OTHER, PREVIOUS, error, hold, mute, raw, silent_port, told, updates
-from processes import wait_until
+from farm import (
+    COMMIT,
+    OTHER,
+    PREVIOUS,
+    error,
+    hold,
+    mute,
+    raw,
+    silent_port,
+    told,
+    updates,
+    updates_when,
+)
+from processes import cpu_s, wait_until
 from product import PYTHON, SERVER_UPDATE
 from terminal import Run
 
 MANY = 10000
+END_CPU_S = 3  # of the processor's time, to tell of so many; it takes 0.5
 SCRIPT = SERVER_UPDATE[-1]
-STOP_S = 0.5
-FIRST_SIGN_S = 0.1
+STOP_S = 15  # after Ctrl-C, on a busy machine; what it breaks off would take 25 s or more
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069]")
 
 
@@ -159,25 +172,20 @@ def test_ten_thousand_slaves_on_a_terminal(farm, tmp_path):
     assert run.code == 0
     _, *totals = text.replace("\r\n", "\n").split("\n")
     assert max(len(part.replace("\x1b[K", "")) for part in re.split("[\r\n]", text)) < 41
-    assert 3 < text.count("\r") < 600
+    assert 3 < text.count("\r") < 20 + 20 * run.chunks[-1][0]
     words = "hanuman: 10000 signalled of 10000, [0-9]+[.][0-9] s"  # too long where it took 10 s
     assert re.fullmatch(words, " ".join("\n".join(totals).split()))
 
 
 def test_something_is_seen_at_once(farm, tmp_path):
-    """The quickest of three is compared: anything else may run on the machine meanwhile."""
-    entries, seen, started = [farm.add(updates(0.5))], [], []
-    for _ in range(3):
-        run = Run(tmp_path, entries, columns=80)
-        run.wait()
-        assert b"reading the slave list" in run.chunks[0][1]
-        seen.append(run.chunks[0][0])
-        begun = time.monotonic()
-        subprocess.run(
-            [*SERVER_UPDATE, "--version"], stdout=subprocess.DEVNULL
-        )
-        started.append(time.monotonic() - begun)  # what Python and the imports take
-    assert min(seen) < min(started) + FIRST_SIGN_S + 0.1
+    """Before the list is read: here it is a pipe, into which nobody has written yet."""
+    slavelist = tmp_path / "slavelist.txt"
+    os.mkfifo(str(slavelist))
+    run = Run(tmp_path, None, columns=80)
+    run.wait_for("reading the slave list")
+    assert not farm.requests
+    slavelist.write_text(farm.add(updates()) + "\n")
+    assert "hanuman: 1 live of 1" in run.wait()
 
 
 @pytest.mark.parametrize(
@@ -209,8 +217,8 @@ def test_results_in_a_pipe_and_progress_on_the_terminal(farm, tmp_path):
     run = Run(tmp_path, [farm.add(updates(0.3))], columns=80, both=False)
     out = run.process.stdout.read().decode()
     run.process.stdout.close()
-    run.process.wait(20)
-    run.thread.join(5)
+    run.process.wait(60)
+    run.thread.join(60)
     assert seen(out) == ONE
     assert "hanuman  0 of 1  " in run.text and "live  " not in run.text
 
@@ -220,8 +228,8 @@ def test_progress_fits_the_terminal_that_it_is_on(farm, tmp_path):
     run = Run(tmp_path, [farm.add(updates(0.5))], columns=40, both=False)
     run.process.stdout.read()
     run.process.stdout.close()
-    run.process.wait(20)
-    run.thread.join(5)
+    run.process.wait(60)
+    run.thread.join(60)
     drawn = re.split("\r\x1b\\[K", run.text)
     assert len(drawn) > 2 and max(map(len, drawn)) == 37
 
@@ -243,7 +251,7 @@ def test_any_locale(farm, tmp_path, locale):
         env=dict(os.environ, **encoding),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        timeout=30,
+        timeout=60,
     )
     assert (done.returncode, done.stderr) == (1, b"")
     assert rb"gr\xfc\xdfe \u4f8b" in done.stdout and rb"b\xfccher.invalid" in done.stdout
@@ -270,14 +278,18 @@ def test_untrusted_text_cannot_move_the_cursor(farm, tmp_path, count):
 
 
 def test_json_has_valid_lines_as_they_come_and_a_summary(farm, tmp_path):
-    entries = [farm.add(updates()), farm.add(updates(1.0, commit=OTHER)), farm.add(error("500 x"))]
+    is_due = threading.Event()
+    later = updates_when(is_due.is_set, commit=OTHER)
+    entries = [farm.add(updates()), farm.add(later), farm.add(error("500 x"))]
     run = Run(tmp_path, entries, "--json")
+    run.wait_for('(?s)"live".*"failed"|"failed".*"live"')  # not kept until the end
+    is_due.set()
     text = run.wait()
     lines = [json.loads(line) for line in text.splitlines()]
     assert lines[0] == {"type": "start", "repo": "hanuman", "ref": None, "slaves": 3}
     by_slave = {line["slave"]: line for line in lines[1:-1]}
     live = by_slave[entries[0]]
-    assert 0 <= live.pop("seconds") < 5
+    assert 0 <= live.pop("seconds") < 60
     assert live == {
         "type": "result",
         "slave": entries[0],
@@ -287,7 +299,7 @@ def test_json_has_valid_lines_as_they_come_and_a_summary(farm, tmp_path):
         "message": "",
     }
     summary = lines[-1]
-    assert 1 <= summary.pop("seconds") < 10
+    assert 0 < summary.pop("seconds") < 60
     assert summary == {
         "type": "summary",
         "repo": "hanuman",
@@ -295,8 +307,6 @@ def test_json_has_valid_lines_as_they_come_and_a_summary(farm, tmp_path):
         "outcomes": {"live": 2, "failed": 1},
         "commits": {COMMIT: 1, OTHER: 1},
     }
-    times = [when for when, _ in run.chunks]
-    assert times[-1] - times[0] > 0.5  # not kept until the end
 
 
 PHASES = {
@@ -312,7 +322,7 @@ def test_interrupted_it_tells_the_outcome_so_far(farm, tmp_path, phase, number):
     entries = [farm.add(updates()), farm.add(PHASES[phase])]
     run = Run(tmp_path, entries + [farm.add(updates())], "--json", "--batch", "2,1")
     address = entries[1].split(":")[0]
-    wait_until(lambda: farm.polls[address] if phase == "following" else farm.signals[address], 20)
+    wait_until(lambda: farm.polls[address] if phase == "following" else farm.signals[address])
     run.wait_for('"outcome": "live"')
     begun = time.monotonic()
     run.process.send_signal(number)
@@ -336,7 +346,7 @@ def test_interrupted_while_it_connects(farm, tmp_path, batches):
     entries = ["127.78.0.1:%d" % silent, farm.add(updates())]
     run = Run(tmp_path, entries, "--json", "--batch", batches, "--connect-timeout", "60")
     connecting = "01004E7F:%04X 02 " % silent  # a SYN to that address is sent
-    wait_until(lambda: connecting in Path("/proc/net/tcp").read_text(), 20, what="a SYN")
+    wait_until(lambda: connecting in Path("/proc/net/tcp").read_text(), what="a SYN")
     if batches == "2":
         run.wait_for('"outcome": "live"')
     begun = time.monotonic()
@@ -369,13 +379,12 @@ def test_interrupted_on_a_terminal_with_many(farm, tmp_path):
 def test_interrupted_with_ten_thousand(farm, tmp_path, options, columns):
     entries = [farm.add(updates(1000)) for _ in range(MANY)]
     run = Run(tmp_path, entries, *options, columns=columns)
-    wait_until(lambda: len(farm.signals) > 300, 20)
-    begun = time.monotonic()
+    wait_until(lambda: len(farm.signals) > 300)
+    before = cpu_s(run.process.pid)
     run.process.send_signal(signal.SIGINT)
-    run.process.wait(20)
-    took = time.monotonic() - begun
+    os.waitid(os.P_PID, run.process.pid, os.WEXITED | os.WNOWAIT)
+    assert cpu_s(run.process.pid) - before < END_CPU_S
     text = run.wait()
-    assert took < STOP_S
     assert run.code == 130
     if columns is None:
         assert text.count("\n") == MANY + 2
@@ -399,9 +408,9 @@ def test_interrupted_while_python_imports_its_library(tmp_path):
         stderr=subprocess.PIPE,
         env=dict(os.environ, PYTHONPATH=str(tmp_path)),
     )
-    wait_until(begun.exists, 10)
+    wait_until(begun.exists)
     process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=10) + (process.returncode,) == (b"", b"", 130)
+    assert process.communicate(timeout=60) + (process.returncode,) == (b"", b"", 130)
 
 
 def test_interrupted_while_the_list_is_read(tmp_path):
@@ -413,10 +422,10 @@ def test_interrupted_while_the_list_is_read(tmp_path):
     )
     caught = r"^SigCgt:\s+[0-9a-f]*[2367abef]$"  # SIGINT, number 2, is handled
     status = Path("/proc/%d/status" % process.pid)
-    wait_until(lambda: re.search(caught, status.read_text(), re.M), 10)
+    wait_until(lambda: re.search(caught, status.read_text(), re.M))
     time.sleep(0.3)  # Python's own handler comes first
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=10)
+    out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (130, b"")
     assert b"Traceback" not in err
 
@@ -434,15 +443,15 @@ def test_a_second_interrupt_ends_at_once(farm, tmp_path):
     )
     os.close(write)
     try:
-        wait_until(lambda: len(farm.signals) > 50, 20)
-        wait_until(lambda: select.select([read], [], [], 0)[0], 10)
+        wait_until(lambda: len(farm.signals) > 50)
+        wait_until(lambda: select.select([read], [], [], 0)[0])
         time.sleep(0.2)  # it stands in its write
         process.send_signal(signal.SIGINT)
         time.sleep(0.1)
         assert process.poll() is None
         begun = time.monotonic()
         process.send_signal(signal.SIGINT)
-        assert process.wait(10) == 130
+        assert process.wait(60) == 130
         assert time.monotonic() - begun < STOP_S
     finally:
         os.close(read)
@@ -498,16 +507,16 @@ def test_results_that_cannot_be_kept_are_no_success(farm, tmp_path):
     command = [*SERVER_UPDATE, "--list", str(slavelist), "hanuman"]
     with open("/dev/full", "w") as full:
         for more in ([], ["--dry-run"], ["--no-wait"]):
-            assert subprocess.run(command + more, stdout=full, timeout=30).returncode == 1
+            assert subprocess.run(command + more, stdout=full, timeout=60).returncode == 1
         batch = [*command, "--batch", "1"]  # says something on standard error, which is no result
-        done = subprocess.run(batch, stdout=subprocess.DEVNULL, stderr=full, timeout=30)
+        done = subprocess.run(batch, stdout=subprocess.DEVNULL, stderr=full, timeout=60)
         assert done.returncode == 0
     read, write = os.pipe()
     fcntl.fcntl(write, 1031, 4096)  # F_SETPIPE_SZ
     os.set_blocking(write, False)
     os.write(write, b"x" * 4096)
     try:
-        assert subprocess.run(command, stdout=write, timeout=30).returncode == 1
+        assert subprocess.run(command, stdout=write, timeout=60).returncode == 1
     finally:
         os.close(read)
         os.close(write)
@@ -515,7 +524,7 @@ def test_results_that_cannot_be_kept_are_no_success(farm, tmp_path):
         command + ["--write-failed", "/dev/full"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        timeout=30,
+        timeout=60,
     )
     assert done.returncode == 0  # an empty list fits
     slavelist.write_text(farm.add(error("500 x")))
@@ -523,7 +532,7 @@ def test_results_that_cannot_be_kept_are_no_success(farm, tmp_path):
         command + ["--write-failed", "/dev/full"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        timeout=30,
+        timeout=60,
     )
     assert (done.returncode, done.stderr) == (
         1,

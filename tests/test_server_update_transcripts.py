@@ -25,6 +25,7 @@ KINDS = [  # those at the head of a list of 50 and 51; the others go live
     updates(previous=COMMIT),
 ]
 OUTPUTS = {"pipe": None, "80": 80, "40": 40}
+PLAIN = {name: (name, [], {}) for name in OUTPUTS}
 VARIANTS = {  # name: output, options, environment
     "quiet": ("pipe", ["-q"], {}),
     "quiet-80": ("80", ["-q"], {}),
@@ -52,6 +53,25 @@ def fleet(farm, size):
     return [farm.add(kind) for kind in kinds + [updates()] * (size - len(kinds))]
 
 
+def in_order(text):
+    """Its results in the order of the list, whatever the order in which they came."""
+    if text.startswith("{"):
+        start, *results, summary = text.splitlines()
+        counts = json.loads(summary.replace('"seconds": S', '"seconds": "S"'))
+        for name in ("outcomes", "commits"):
+            counts[name] = dict(sorted(counts[name].items()))
+        summary = json.dumps(counts).replace('"seconds": "S"', '"seconds": S')
+        return "\n".join([start, *sorted(results, key=address), summary, ""])
+    results, empty, totals = text.partition("\n\n")
+    first, *others = re.split(r"(?m)^(?=127\.77\.)", results + "\n")
+    return "".join([first, *sorted(others, key=address)])[:-1] + empty + totals
+
+
+def address(text):
+    """The numbers of the first slave in a text."""
+    return [int(number) for number in re.search(r"127\.77\.(\d+)\.(\d+)", text).groups()]
+
+
 class Shown:
     """What a run printed: on a terminal all of it, else standard output; and its exit code."""
 
@@ -69,7 +89,7 @@ class Shown:
         text = re.sub(r":\d{5}\b", PORT, text)
         text = re.sub(r'("seconds": )[\d.]+', r"\1S", text)
         text = re.sub(r"( *)\d+\.\d(\s+s\b)", self.seconds, text)
-        self.text = text.replace("\x1b", "\u241b")
+        self.text = in_order(text.replace("\x1b", "\u241b"))
 
     @staticmethod
     def seconds(found):
@@ -81,21 +101,26 @@ class Shown:
 
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory):
-    """shown(size, name) -> Shown; made side by side, as most of the time is waiting."""
-    farm, base = Farm(), tmp_path_factory.mktemp("transcripts")
+    """shown(size, name) -> Shown; those of a size are made side by side, most is waiting."""
+    farm, base, runs = Farm(), tmp_path_factory.mktemp("transcripts"), {}
     lists = {size: fleet(farm, size) for size in (*SIZES, MANY)}
-    plain = {name: (name, [], {}) for name in OUTPUTS}
     with ThreadPoolExecutor(6) as pool:
-        runs = {}
-        for size in (MANY, *SIZES):
-            for name, (output, options, env) in {**plain, **VARIANTS}.items():
+
+        def start(size):
+            for name, (output, options, env) in {**PLAIN, **VARIANTS}.items():
                 if size == MANY and name in ("verbose", "json"):
                     options = [*options, "--no-wait"]
                 elif size == MANY and name not in OUTPUTS:
                     continue
                 folder = base / ("%d-%s" % (size, name))
                 runs[size, name] = pool.submit(Shown, folder, lists[size], output, options, env)
-        yield lambda size, name: runs[size, name].result()
+
+        def get(size, name):
+            if (size, name) not in runs:
+                start(size)
+            return runs[size, name].result()
+
+        yield get
     farm.close()
 
 

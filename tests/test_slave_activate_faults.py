@@ -57,13 +57,13 @@ def test_kill_9_at_any_moment(activate, upstream, victim):
         process = activate.start("r")
         time.sleep(rng.uniform(0, took * 1.1))
         victim(process, rng)
-        process.communicate(timeout=30)
+        process.communicate(timeout=60)
         head = activate.head()
         assert head in (old, new), number
         if head == old:
             assert snapshot(activate.live()) == before, number
         assert git(activate.live(), "status", "--porcelain") == "", number
-        assert activate.good("r", timeout=20) == (new, head), number
+        assert activate.good("r") == (new, head), number
     assert git(activate.live(), "fsck", "--full", "--no-dangling") == ""
 
 
@@ -81,7 +81,7 @@ def test_a_killed_shell_leaves_no_git_that_writes_later(activate, upstream, http
     assert [pid for pid in orphans if os.path.exists("/proc/%d" % pid)]
     http_upstream.fault = None
     second = repo.commit({"new": "1"})
-    assert activate.good("r", timeout=20) == (second, first)
+    assert activate.good("r") == (second, first)
     process.stdout.close()
     process.stderr.close()
     wait_until(lambda: not [pid for pid in orphans if is_alive(pid)])
@@ -89,7 +89,7 @@ def test_a_killed_shell_leaves_no_git_that_writes_later(activate, upstream, http
 
 def check_term(activate, process, old, new, before):
     """What a run that was sent TERM or INT must have done; whether it was interrupted."""
-    result = finish(process, timeout=15)
+    result = finish(process, timeout=30)
     status, out, err = result.status, result.out, result.err
     assert status in (0, 1, -signal.SIGTERM, -signal.SIGINT), (status, err)
     if status == 0:
@@ -130,11 +130,9 @@ def test_term_while_upstream_hangs(activate, upstream, http_upstream, shell):
     wait_until(lambda: http_upstream.requests)
     below = descendants(process.pid)
     assert below
-    start = time.monotonic()
     process.terminate()
     assert check_term(activate, process, first, None, before)
-    assert time.monotonic() - start < 3
-    wait_until(lambda: not [pid for pid in below if is_alive(pid)], timeout=2)
+    wait_until(lambda: not [pid for pid in below if is_alive(pid)])
 
 
 def test_term_while_it_waits_for_the_lock(activate, upstream):
@@ -149,11 +147,11 @@ def test_term_while_it_waits_for_the_lock(activate, upstream):
         wait_until(lambda pid=second.pid: "flock" in commands(descendants(pid)))
         below = descendants(second.pid)
         second.terminate()
-        result = finish(second, timeout=5)
+        result = finish(second, timeout=30)
         assert (result.status, result.last) == (1, "slave-activate: interrupted"), result
-        wait_until(lambda pids=below: not [pid for pid in pids if is_alive(pid)], timeout=2)
+        wait_until(lambda pids=below: not [pid for pid in pids if is_alive(pid)])
     os.killpg(first.pid, signal.SIGTERM)
-    assert finish(first, timeout=10).status == 1
+    assert finish(first, timeout=30).status == 1
 
 
 def commands(pids):
@@ -199,7 +197,7 @@ def test_term_when_git_hangs_by_itself(activate, upstream, http_upstream):
     finally:
         for pid in below:
             kill(pid, signal.SIGCONT)
-    wait_until(lambda: not [pid for pid in below if is_alive(pid)], timeout=2)
+    wait_until(lambda: not [pid for pid in below if is_alive(pid)])
 
 
 def test_term_in_the_hooks(activate, upstream):
@@ -219,7 +217,7 @@ def test_term_in_the_hooks(activate, upstream):
     process = activate.start("r")
     wait_until(marker.exists)
     process.terminate()
-    out, err = process.communicate(timeout=10)
+    out, err = process.communicate(timeout=40)
     assert (process.returncode, out.decode()) == (3, "r %s %s\n" % (second, first))
     assert err == b"slave-activate: live, but post-update hook failed (143)\n"
     assert (activate.head(), activate.leftovers()) == (second, [])
@@ -300,7 +298,7 @@ def test_an_upstream_that_hangs_is_given_up(activate, upstream, http_upstream, o
     activate.settings["BASE_URL"] = http_upstream.url
     http_upstream.fault = "hang"
     env = {"GIT_HTTP_LOW_SPEED_TIME": "1"}
-    result = activate("r", env=env, timeout=20)
+    result = activate("r", env=env)
     assert result.status == 1
     assert "Operation too slow. Less than 1000 bytes/sec transferred" in result.last
     assert activate.leftovers() == []

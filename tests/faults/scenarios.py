@@ -126,7 +126,7 @@ def accepted_survives_a_loss_of_power(place):
     commit = place.push()
     place.http.fault = None
     slave.start()
-    wait_until(lambda: slave.json("/status?repo=site")["state"] != "queued", 5)
+    wait_until(lambda: slave.json("/status?repo=site")["state"] != "queued")
     for update in ids:
         record = slave.wait_update("site", update)
         assert (record["state"], record["commit"]) == ("live", commit), record
@@ -343,7 +343,7 @@ def nothing_of_a_run_outlives_it(place):
     place.hook("post-update", "sleep 300 >/dev/null 2>&1 &\n")
     slave = place.slave()
     assert slave.wait_update("site")["state"] == "live"
-    wait_until(lambda: processes_below(slave.bin.parent) == [slave.process.pid], 5,
+    wait_until(lambda: processes_below(slave.bin.parent) == [slave.process.pid],
                what="a run that leaves nothing")
 
 
