@@ -45,10 +45,6 @@ def test_bad_sizes(server_update, spec):
         server_update.read_amounts(spec)
 
 
-def options(**values):
-    return argparse.Namespace(**dict({"repo": REPO, "ref": None, "status": False}, **values))
-
-
 @pytest.mark.parametrize(
     ("entry", "signal", "status"),
     [
@@ -68,19 +64,19 @@ def options(**values):
     ],
 )
 def test_what_is_asked(server_update, entry, signal, status):
-    slave = server_update.parse_slave(entry)
-    assert server_update.request_target(slave, options()) == signal
-    assert server_update.request_target(slave, options(), 5, 25) == status
-    assert server_update.request_target(slave, options(), 5) == status.replace("&wait=25", "")
+    slave, asked = server_update.parse_slave(entry), {"repo": REPO, "update": 5}
+    path = server_update.request_path
+    assert path(slave, "", repo=REPO, ref=None) == signal
+    assert path(slave, "status", **asked, wait=25) == status
+    assert path(slave, "status", **asked, wait=None) == status.replace("&wait=25", "")
 
 
 def test_what_is_asked_for_a_ref_and_for_the_status(server_update):
     slave = server_update.parse_slave("web1")
-    assert server_update.request_target(slave, options(ref="fix/ü&x")) == (
-        "/?repo=hanuman&ref=fix%2F%C3%BC%26x"
-    )
-    assert server_update.request_target(slave, options(status=True)) == "/status?repo=hanuman"
-    assert server_update.request_target(slave, options(status=True, repo=None)) == "/status"
+    path = server_update.request_path
+    assert path(slave, "", repo=REPO, ref="fix/ü&x") == "/?repo=hanuman&ref=fix%2F%C3%BC%26x"
+    assert path(slave, "status", repo=REPO) == "/status?repo=hanuman"
+    assert path(slave, "status", repo=None) == "/status"
 
 
 def reply(server_update, status=200, body=None, **more):
@@ -91,52 +87,54 @@ def reply(server_update, status=200, body=None, **more):
 @pytest.mark.parametrize(
     ("status", "body", "expected"),
     [
-        (202, {"update": 7}, ("timeout", "", 0, 0, 7)),
-        (200, {"update": 7}, ("timeout", "", 0, 0, 7)),
-        (200, b"updating hanuman", ("signalled", "", 0, 0, None)),
-        (200, b"", ("signalled", "", 0, 0, None)),
-        (204, b"", ("signalled", "", 0, 0, None)),
-        (200, b"<html>", ("signalled", "", 0, 0, None)),
-        (200, {"update": "7"}, ("signalled", "", 0, 0, None)),
-        (200, [1], ("signalled", "", 0, 0, None)),
-        (200, b"[" * 30000, ("signalled", "", 0, 0, None)),
-        (302, b"", ("refused", "Found (HTTP 302, not followed)", 0, 0, None)),
-        (400, {"error": "bad repo"}, ("refused", "bad repo (HTTP 400)", 0, 0, None)),
-        (401, {"error": 5}, ("refused", "Unauthorized (HTTP 401)", 0, 0, None)),
-        (404, b"<html>", ("refused", "Not Found (HTTP 404)", 0, 0, None)),
-        (499, b"", ("refused", "error (HTTP 499)", 0, 0, None)),
+        (202, {"update": 7}, ("follow", "", "", None)),
+        (200, {"update": 7}, ("follow", "", "", None)),
+        (200, b"updating hanuman", ("end", "signalled", "", None)),
+        (200, b"", ("end", "signalled", "", None)),
+        (204, b"", ("end", "signalled", "", None)),
+        (200, b"<html>", ("end", "signalled", "", None)),
+        (200, {"update": "7"}, ("end", "signalled", "", None)),
+        (200, [1], ("end", "signalled", "", None)),
+        (200, b"[" * 30000, ("end", "signalled", "", None)),
+        (302, b"", ("end", "refused", "Found (HTTP 302, not followed)", None)),
+        (400, {"error": "bad repo"}, ("end", "refused", "bad repo (HTTP 400)", None)),
+        (401, {"error": 5}, ("end", "refused", "Unauthorized (HTTP 401)", None)),
+        (404, b"<html>", ("end", "refused", "Not Found (HTTP 404)", None)),
+        (499, b"", ("end", "refused", "error (HTTP 499)", None)),
         (
             500,
             {"error": "a\nb\x1b[2J\u202e"},
-            ("failed", r"a\nb\x1b[2J\u202e (HTTP 500)", 0, 0, None),
+            ("end", "failed", r"a\nb\x1b[2J\u202e (HTTP 500)", None),
         ),
-        (503, {"error": "stopping"}, ("failed", "stopping (HTTP 503)", 2, 5, None)),
+        (503, {"error": "stopping"}, ("retry", "failed", "stopping (HTTP 503)", "retries")),
     ],
 )
 def test_the_reply_to_a_signal(server_update, status, body, expected):
-    step = server_update.judge_signal(reply(server_update, status, body, pause=5), 2, True)
-    assert step[:5] == expected
+    step = server_update.judge_signal(reply(server_update, status, body, pause_s=5), True)
+    assert (step.action, step.outcome, step.message, step.budget) == expected
+    assert step.pause_s == (5 if status == 503 else 0)
+    assert step.update == (7 if step.action == "follow" else None)
 
 
 def test_no_reply_to_a_signal(server_update):
-    step = server_update.judge_signal(server_update.Reply(0, "connection refused"), 2, True)
-    assert step[:3] == ("unreachable", "connection refused", 2)
+    step = server_update.judge_signal(server_update.Reply(0, "connection refused"), True)
+    assert step[:3] == ("retry", "unreachable", "connection refused")
+    assert step.budget == "retries"
     local = server_update.Reply(0, "too many open files", True)
-    assert server_update.judge_signal(local, 2, True).patience > 2  # not the slave's fault
+    step = server_update.judge_signal(local, True)  # not the slave's fault
+    assert (step.action, step.budget) == ("retry", "shortages")
 
 
 def test_broken_json_is_no_answer(server_update):
     broken = reply(server_update, 202, b'{"update": 1')
-    assert server_update.judge_signal(broken, 2, True)[:3] == (
-        "unreachable",
-        "answered with broken JSON",
-        2,
-    )
+    step = server_update.judge_signal(broken, True)
+    assert step[:3] == ("retry", "unreachable", "answered with broken JSON")
+    assert step.budget == "retries"
 
 
 def test_without_following_a_signal_is_enough(server_update):
-    step = server_update.judge_signal(reply(server_update, 202, {"update": 7}), 2, False)
-    assert step[:5] == ("signalled", "", 0, 0, None)
+    step = server_update.judge_signal(reply(server_update, 202, {"update": 7}), False)
+    assert step == server_update.Step("end", "signalled")
 
 
 def poll(server_update, ref=None, status=200, body=None):
@@ -146,14 +144,14 @@ def poll(server_update, ref=None, status=200, body=None):
 def test_the_outcome_of_an_update(server_update):
     live = poll(server_update, body=record(message="the post-update hook failed"))
     assert live == server_update.Step(
-        "live", "the post-update hook failed", commit=COMMIT, previous=PREVIOUS
+        "end", "live", "the post-update hook failed", COMMIT, PREVIOUS
     )
     failed = poll(server_update, body=record("failed", message="no such\x07 branch"))
-    assert failed[:2] == ("failed", r"no such\x07 branch")
+    assert failed[:3] == ("end", "failed", r"no such\x07 branch")
     assert poll(server_update, body=record(update=UPDATE + 5)).outcome == "live"
     assert poll(server_update, body=record(commit="-", previous=None)).commit is None
     for state in ("queued", "running"):
-        assert poll(server_update, body=record(state))[:3] == ("timeout", "", float("inf"))
+        assert poll(server_update, body=record(state))[:3] == ("wait", "timeout", "")
 
 
 @pytest.mark.parametrize(
@@ -167,7 +165,7 @@ def test_the_outcome_of_an_update(server_update):
 )
 def test_another_ref_than_the_one_asked_for_is_no_success(server_update, asked, told, message):
     step = poll(server_update, asked, body=record(ref=told))
-    assert step[:2] == ("failed", message)
+    assert step[:3] == ("end", "failed", message)
     assert poll(server_update, "v1", body=record(ref="v1")).outcome == "live"
     assert poll(server_update, None, body=record(ref="")).outcome == "live"
 
@@ -175,7 +173,7 @@ def test_another_ref_than_the_one_asked_for_is_no_success(server_update, asked, 
 def test_a_poll_without_an_answer_is_no_outcome(server_update):
     for status, body in ((0, b""), (500, b""), (502, b"<html>"), (503, {"error": "stopping"})):
         step = poll(server_update, status=status, body=body)
-        assert (step.outcome, step.patience) == ("timeout", float("inf"))
+        assert step[:2] == ("wait", "timeout")
 
 
 @pytest.mark.parametrize(
@@ -203,8 +201,9 @@ def test_a_poll_without_an_answer_is_no_outcome(server_update):
 )
 def test_nonsense_is_asked_about_again_and_then_a_failure(server_update, status, body):
     step = poll(server_update, status=status, body=body)
-    assert step.outcome == "failed"
-    assert 0 < step.patience < 10
+    assert step[:2] == ("retry", "failed")
+    assert step.budget == "doubts"
+    assert 0 < server_update.DOUBTS_ALLOWED < 10
 
 
 def test_the_header_of_an_answer(server_update):
@@ -231,18 +230,18 @@ def test_a_header_without_an_end(server_update, header, error):
 
 def test_the_status_of_a_repository(server_update):
     def status(body, repo=REPO, code=200):
-        return server_update.judge_status(reply(server_update, code, body), repo, 2)
+        return server_update.judge_status(reply(server_update, code, body), repo)
 
     assert status(record(finished=0.0)) == [
-        server_update.Step("live", "since 1970-01-01 00:00:00Z", commit=COMMIT)
+        server_update.Step("end", "live", "since 1970-01-01 00:00:00Z", commit=COMMIT)
     ]
-    assert status(record("failed", message="no net"))[0][:2] == ("live", "update failed no net")
-    assert status(record("running"))[0][:2] == ("live", "update running")
-    assert status(record("failed", commit=None, message="no net"))[0][:2] == (
+    assert status(record("failed", message="no net"))[0][1:3] == ("live", "update failed no net")
+    assert status(record("running"))[0][1:3] == ("live", "update running")
+    assert status(record("failed", commit=None, message="no net"))[0][1:3] == (
         "failed",
         "update failed no net",
     )
-    assert status(record("running", commit=None))[0][:2] == ("timeout", "update running")
+    assert status(record("running", commit=None))[0][1:3] == ("timeout", "update running")
     assert status({"error": "never asked for"}, code=404)[0].outcome == "refused"
     assert status(b"<html>")[0].outcome == "failed"
     for finished in (None, "x", 1e300, float("nan"), -1, True):
@@ -251,7 +250,7 @@ def test_the_status_of_a_repository(server_update):
         {"version": "1", "repos": {REPO: record(), "b": record(repo="b", commit=OTHER)}}, None
     )
     assert [(step.repo, step.commit) for step in both] == [(REPO, COMMIT), ("b", OTHER)]
-    assert status({"repos": {}}, None)[0][:2] == ("live", "no repository yet")
+    assert status({"repos": {}}, None)[0][1:3] == ("live", "no repository yet")
     for body in (
         {},
         {"repos": []},
@@ -345,7 +344,7 @@ def test_totals_by_outcome_and_by_commit(server_update):
         result(server_update, outcome="unreachable", commit=None, previous=None),
     ]
     lines = server_update.format_totals(
-        results, server_update.Counter(counts), "hanuman", 12.34, None
+        results, server_update.Counter(counts), "hanuman", 12.34
     )
     assert lines == ["hanuman: 2 live, 1 unreachable of 3, 12.3 s", "commits: 1d5d931 on 2"]
 
@@ -354,7 +353,7 @@ def advice(server_update, argv, *pairs):
     results = [
         result(server_update, commit=commit, previous=previous) for commit, previous in pairs
     ]
-    return server_update.format_totals(results, server_update.Counter(), "x", 0, argv)[2:]
+    return server_update.format_advice(results, argv)
 
 
 def test_the_way_back_is_told_where_there_is_one(server_update, monkeypatch, tmp_path):

@@ -1,5 +1,6 @@
 """server-update where its own machine is short of files, threads or processors."""
 
+import errno
 import json
 import os
 import resource
@@ -105,3 +106,23 @@ def test_threads_share_one_cpu_unless_they_encrypt(scheme, tmp_path):
         assert process.wait(60) == 130
     assert cpus <= allowed
     assert len(cpus) == (1 if scheme == "http" else len(allowed))
+
+
+@pytest.mark.parametrize("retries", [1, 2])
+def test_shortages_eat_none_of_the_retries(server_update, monkeypatch, farm, capsys, retries):
+    """Two times too few files, and then a slave that refuses as often as --retries forgives."""
+    connect = socket.socket.connect
+    errors = [(errno.EMFILE, "Too many open files")] * 2
+    errors += [(errno.ECONNREFUSED, "Connection refused")] * retries
+
+    def short(*args):
+        if errors:
+            raise OSError(*errors.pop(0))
+        return connect(*args)
+
+    monkeypatch.setattr(server_update, "MAX_PAUSE_S", 0.01)
+    monkeypatch.setattr(socket.socket, "connect", short)
+    options = ["--json", "--retries=%d" % retries]
+    assert run_in_process(server_update, monkeypatch, [farm.add(updates())], *options) == 0
+    assert '"outcome": "live"' in capsys.readouterr().out
+    assert not errors
