@@ -803,10 +803,17 @@ make_folder_of_user() { # FOLDER
   mv "$1.new" "$1"
 }
 
+tell_missing_page() { # no mistake: the first update may bring it
+  if is_given --serve && [ -n "$serve" ] && [ ! -f "$serve" ]; then
+    say "There is no file '$serve' here: until there is, / of the slave is a 404."
+  fi
+}
+
 say_what_runs() {
   if [ -n "$DESTDIR" ]; then
     return
   fi
+  tell_missing_page
   if [ -z "$dry_run" ]; then
     if [ -z "$services" ]; then
       say "To start slave.py as $user, on port $port, with its clones in $repos:"

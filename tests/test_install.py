@@ -358,6 +358,18 @@ def test_the_clones_folder_is_made_without_the_install_program(
     assert out.endswith("Nothing had to be changed in %s/own.\n" % tmp_path)
 
 
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_served_file_that_is_not_there_is_told(installer, as_user, tmp_path, shell):
+    page = tmp_path / "a page"
+    args = ["slave", "--prefix", str(tmp_path / "own"), "--serve", str(page)]
+    told = "There is no file '%s' here: until there is, / of the slave is a 404.\n" % page
+    run = {"staged": False, "before": as_user, "shell": shell, "env": {"HOME": str(tmp_path)}}
+    assert installer.check(*args, **run).count(told) == 1
+    page.write_text("here\n")
+    assert "There is no" not in installer.check(*args, **run)
+    assert "There is no" not in installer.check("slave", "--serve", "/no page", shell=shell)
+
+
 # --- what it refuses ---
 
 ROLES = "unknown role '%s': it is master, slave or uninstall; see ./install.sh --help"
