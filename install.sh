@@ -209,16 +209,16 @@ find_settings() {
   fi
 }
 
-# manager is systemd, openrc or none; services is set where it may be told to do things.
+# manager is systemd, openrc or none; services is set where it may be told to do things. unit is
+# what starts slave.py: a unit, a service script or, where nobody reads those, a plain script.
 find_manager() {
-  manager=none
-  unit=''
   log=''
   services=''
+  start_script=$share/server-update/start-slave
   if [ -n "$is_private" ]; then
-    return
-  fi
-  if has_openrc; then
+    manager=none
+    unit=$start_script
+  elif has_openrc; then
     manager=openrc
     unit=$DESTDIR/etc/init.d/$SERVICE
     log=/var/log/$SERVICE.log
@@ -226,9 +226,12 @@ find_manager() {
     manager=systemd
     unit=$DESTDIR/etc/systemd/system/$SERVICE.service
     log="journalctl -u $SERVICE"
+  else
+    manager=none
+    unit=$start_script
   fi
-  if [ -z "$DESTDIR" ]; then
-    services=$unit
+  if [ $manager != none ] && [ -z "$DESTDIR" ]; then
+    services=yes
   fi
 }
 
@@ -302,13 +305,18 @@ find_user() {
   find_served
 }
 
-user_before() {
-  say "$unit_before" | sed -n 's/^User=//p; s/^command_user="\(.*\)"$/\1/p'
+user_before() { # as systemd_unit, openrc_script or start_command have written it
+  say "$unit_before" | sed -n \
+    -e 's/^User=//p' \
+    -e 's/^command_user="\(.*\)"$/\1/p' \
+    -e 's/^exec su -s \/bin\/sh \([^ ]*\) -c .*/\1/p'
 }
 
 serve_before() {
-  say "$unit_before" |
-    sed -n "s/^ExecStart=.* '\(.*\)'\$/\1/p; s/^command_args=\" '\(.*\)'\"\$/\1/p"
+  say "$unit_before" | sed -n \
+    -e "s/^ExecStart=.* '\(.*\)'\$/\1/p" \
+    -e "s/^command_args=\" '\(.*\)'\"\$/\1/p" \
+    -e "s/^exec .*slave.py' '\(.*\)'\"\{0,1\}\$/\1/p"
 }
 
 find_home() {
@@ -583,8 +591,28 @@ start_pre() { checkpath --file --owner "\$command_user" --mode 0640 "\$error_log
 END
 }
 
+# What starts slave.py as its user, where no service manager does.
+start_command() {
+  if [ "$user" = "$(id -un)" ]; then
+    say "$with_conf'$prefix/bin/slave.py'$served"
+  else
+    say "su -s /bin/sh $user -c \"exec '$prefix/bin/slave.py'$served\""
+  fi
+}
+
+# It also keeps, for the next run, who runs the slave and what it serves.
+print_start_script() {
+  say '#!/bin/sh'
+  say '# Made by install.sh of server-update, which replaces it.'
+  case $(start_command) in
+    su\ *) say "exec $(start_command)" ;;
+    *) say "exec env $(start_command)" ;;
+  esac
+}
+
 write_unit() {
   case $manager in
+    none) put 755 "$unit" "$(print_start_script)" ;;
     systemd) put 644 "$unit" "$(systemd_unit)" restart ;;
     openrc) put 755 "$unit" "$(openrc_script)" restart ;;
   esac
@@ -817,7 +845,7 @@ say_what_runs() {
   if [ -z "$dry_run" ]; then
     if [ -z "$services" ]; then
       say "To start slave.py as $user, on port $port, with its clones in $repos:"
-      say "  $with_conf'$prefix/bin/slave.py'$served"
+      say "  $(start_command)"
     elif [ -n "$no_start" ]; then
       say "The service $SERVICE is left as it was."
     else
@@ -831,7 +859,7 @@ say_what_runs() {
 
 uninstall() {
   # The unit may start a slave.py of another prefix.
-  if ! grep -qsF "$prefix/bin/slave.py" "${unit:-/dev/null}"; then
+  if ! grep -qsF "$prefix/bin/slave.py" "$unit"; then
     unit=''
     services=''
   fi
@@ -847,6 +875,7 @@ uninstall() {
   if [ -n "$unit" ]; then
     remove_ours "$unit"
   fi
+  remove_ours "$start_script"
   remove_ours "$share/man/man1/server-update.1"
   remove_ours "$share/man/man8/slave.py.8"
   remove_ours "$share/man/man8/slave-activate.8"

@@ -67,10 +67,10 @@ def list_files(machine):
     return set(out.splitlines())
 
 
-def start_by_hand(machine, out, env):
+def start_by_hand(machine, out, env, user="root"):
     """Run the command that install.sh printed, until slave.py listens."""
     who, command = STARTED.search(out).groups()
-    assert who == "root"
+    assert who == user
     log = machine.path("/run/slave.log").open("wb")
     command = machine.command("sh", "-c", "echo $$ >/run/slave.pid; exec " + command, env=env)
     process = subprocess.Popen(command, stdout=log, stderr=log)
@@ -129,6 +129,37 @@ def test_from_a_bare_host_to_an_update_and_gone_again(machine, suite, tools):
     }
     assert before <= list_files(bare)
     assert "Nothing had to be changed" in install("uninstall")
+
+
+@pytest.mark.parametrize("tools", ["", "busybox"])
+def test_another_user_runs_it_where_there_is_no_service_manager(machine, tools):
+    bare = machine("trixie")
+    env = put_busybox_first(bare) if tools else {}
+    upstream = make_upstream(bare, "nobody")
+
+    def install(*args):
+        return bare.check("./install.sh", *args, env=env, cwd=CHECKOUT)
+
+    bare.path("/srv/page").write_text("a page\n")
+    args = ["--repos", "/srv/clones", "--base-url", "/srv/up", "--serve", "/srv/page"]
+    out = install("slave", "--user", "nobody", *args)
+    command = "su -s /bin/sh nobody -c \"exec '/usr/local/bin/slave.py' '/srv/page'\""
+    assert STARTED.search(out).groups() == ("nobody", command)
+    out = install("slave")
+    assert STARTED.search(out).groups() == ("nobody", command)
+    assert "Nothing had to be changed" in out
+    slave = start_by_hand(bare, out, env, "nobody")
+    install("master", "127.0.0.1")
+    assert upstream.head()[:7] in bare.check("server-update", "hanuman", env=env)
+    assert bare.check("stat", "-c", "%U", "/srv/clones/hanuman") == "nobody\n"
+    # su of util-linux waits for the slave; that of busybox becomes it
+    children = "$(cat /proc/$pid/task/$pid/children)"
+    bare.check("sh", "-c", "pid=$(cat /run/slave.pid); kill %s || kill $pid" % children)
+    assert slave.wait(START_TIMEOUT_S) == 0
+    start = "/usr/local/share/server-update/start-slave"
+    start_by_hand(bare, "To start slave.py as nobody, here:\n  %s\n" % start, env, "nobody")
+    assert upstream.head()[:7] in bare.check("server-update", "hanuman", env=env)
+    assert "removed %s\n" % start in install("uninstall")
 
 
 # --- with OpenRC, or what its commands do for us ---
