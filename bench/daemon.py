@@ -136,7 +136,7 @@ def measure_rates(args, results, whos):
         title = f"Signals from {number} client" + ("s" if number > 1 else "")
         groups[number] = results.group(title, OURS, kind="daemon", situation=str(number))
     for turn in range(1 if args.quick else ROUNDS):
-        for who in whos[turn % len(whos) :] + whos[: turn % len(whos)]:
+        for who in measure.in_turn(whos, turn):
             slave = Slave(who, args.work)
             try:
                 for number, group in groups.items():
@@ -161,7 +161,7 @@ def measure_all(args, results):
             slave.stop()
     measure_rates(args, results, whos)
     for group in results.groups:
-        group["results"].sort(key=lambda result: whos.index(result["who"]))
+        measure.Results.sort(group, whos)
 
 
 def main(argv):

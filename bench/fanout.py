@@ -68,9 +68,7 @@ class Fleet:
         return found
 
     def stop(self):
-        self.process.terminate()
-        self.process.wait()
-        self.process.stdout.close()
+        measure.stop(self.process)
 
 
 class MemoryPoller(threading.Thread):
@@ -119,11 +117,10 @@ def take_turns(group, rounds, commands, expected, env=None):
     """expected: how many results each of the contestants has to show."""
     whos = list(commands)
     for number in range(rounds):
-        turn = number % len(whos)
-        for who in whos[turn:] + whos[:turn]:
+        for who in measure.in_turn(whos, number):
             argv, mark = commands[who]
             measure.Results.add(group, who, run_counted(argv, mark, expected[who], env))
-    group["results"].sort(key=lambda result: whos.index(result["who"]))
+    measure.Results.sort(group, whos)
 
 
 def measure_signals(args, results, number, delay_s, dead, connect_s=CONNECT_S):

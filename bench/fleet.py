@@ -161,14 +161,13 @@ def take_turns(fleet, group, rounds):
     whos = list(commands)
     for number in range(rounds):
         commit = upstream.commit(fleet.bare, 1)
-        turn = number % len(whos)
-        for who in whos[turn:] + whos[:turn]:
+        for who in measure.in_turn(whos, number):
             os.sync()
             measure.Results.add(
                 group, who, measure.run_measured(commands[who], fleet.environment())
             )
             fleet.check(who, commit)
-    group["results"].sort(key=lambda result: whos.index(result["who"]))
+    measure.Results.sort(group, whos)
 
 
 def main(argv):

@@ -49,6 +49,20 @@ def run_measured(argv, env, cwd=None, started=None):
     return {"seconds": seconds, "cpu": usage.ru_utime + usage.ru_stime}
 
 
+def stop(process):
+    """Has a process of the benchmark's own end, and waits for that."""
+    process.terminate()
+    process.wait()
+    if process.stdout:
+        process.stdout.close()
+
+
+def in_turn(whos, number):
+    """Who runs when in a round: each of them begins one round after the other."""
+    turn = number % len(whos)
+    return whos[turn:] + whos[:turn]
+
+
 def family(pid):
     """pid and all that it has started and that still runs."""
     pids = [pid]
@@ -161,6 +175,11 @@ class Results:
             group["results"].append(result)
         for metric, value in values.items():
             result["values"].setdefault(metric, []).append(value)
+
+    @staticmethod
+    def sort(group, whos):
+        """Brings the contestants into an order, whoever ran first."""
+        group["results"].sort(key=lambda result: whos.index(result["who"]))
 
     def write(self, folder):
         groups = [group for group in self.groups if group["results"]]

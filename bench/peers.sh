@@ -88,4 +88,4 @@ main() {
   fi
 }
 
-main "$@"
+main "$@"; exit

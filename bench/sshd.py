@@ -110,8 +110,7 @@ class Sshd:
         return ["-o", f"-F {self.client}"]
 
     def stop(self):
-        self.process.terminate()
-        self.process.wait()
+        measure.stop(self.process)
 
 
 def start(folder):

@@ -147,8 +147,7 @@ class Contest:
                 if changed
                 else upstream.run_git(self.bare, "rev-parse", "main")
             )
-            turn = number % len(whos)
-            for who in whos[turn:] + whos[:turn]:
+            for who in measure.in_turn(whos, number):
                 try:
                     measure.Results.add(group, who, self.run(who, number == self.rounds))
                     self.check(who, commit)
@@ -157,7 +156,7 @@ class Contest:
                         raise
                     measure.skip(who, error)
                     whos.remove(who)
-        group["results"].sort(key=lambda result: list(UPDATES).index(result["who"]))
+        measure.Results.sort(group, list(UPDATES))
 
     def run(self, who, is_watched):
         """One run's values."""
@@ -189,7 +188,7 @@ def borrow(groups):
         if group["situation"] != "one small commit":
             small = next(other for other in groups if other["situation"] == "one small commit")
             group["results"] += [result for result in small["results"] if result["who"] in ALIKE]
-            group["results"].sort(key=lambda result: list(UPDATES).index(result["who"]))
+            measure.Results.sort(group, list(UPDATES))
 
 
 def measure_updates(contest, results, title, situations, plot):

@@ -17,6 +17,8 @@ import sys
 import threading
 import urllib.request
 
+import measure
+
 FIRST = "aaa/version"
 LAST = "zzz/version"
 COPY_BYTES = 256 * 1024
@@ -257,9 +259,7 @@ class Server:
             return int(answer.read())
 
     def stop(self):
-        self.process.terminate()
-        self.process.wait()
-        self.process.stdout.close()
+        measure.stop(self.process)
 
 
 def serve(base):
