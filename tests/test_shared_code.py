@@ -139,3 +139,25 @@ def test_the_tests_that_the_promises_name_are_there():
                for name in re.findall(r"^def (\w+)", path.read_text(encoding="utf-8"), re.M)}
     assert len(named) > 20
     assert named - defined == set()
+
+
+def test_the_map_of_the_code_names_what_is_there():
+    text = (ROOT / "docs" / "development.md").read_text(encoding="utf-8")
+    maps = dict(re.findall(r"(?ms)^### (\S+): (.*?)(?=^##)", text))
+    assert sorted(maps) == SCRIPTS
+    for name, part in maps.items():
+        for word in re.findall(r"`([A-Za-z_.]+)`", part):
+            assert word.rpartition(".")[2] in text_of(name), (name, word)
+    for name in PYTHON_SCRIPTS:
+        sections = re.findall(r"(?m)^# -- ([a-z ]*[a-z])", text_of(name))
+        assert re.findall(r"(?m)^\| ([a-z ]+) \|", maps[name])[1:] == [
+            section for section in sections if section != "main"
+        ]
+
+
+def test_the_tests_that_the_development_page_names_are_there():
+    text = (ROOT / "docs" / "development.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"\btest_\w+\.py", text))
+    there = {path.name for path in (ROOT / "tests").glob("test_*.py")}
+    assert named - there == set()
+    assert there - named <= {"test_upstream.py"}
