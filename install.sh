@@ -522,6 +522,8 @@ Wants=network-online.target
 User=$user
 Environment="PATH=$path"
 ExecStart="$prefix/bin/slave.py"$served
+# SIGHUP has it read its TLS certificate again
+ExecReload=/bin/sh -c "kill -HUP \$MAINPID"
 Restart=on-failure
 RestartSec=5
 # 2 is a mistake in the settings; TERM goes to slave.py alone, which stops its updates, within 15 s
@@ -562,8 +564,9 @@ SystemCallErrorNumber=EPERM
 RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX AF_NETLINK
 # Open: hooks write to /srv, /var and homes, where the clones and ~/.ssh are; not /usr, /boot, /etc
 ProtectSystem=full
-# Open: root's hooks give files away and become other users; PORT may be below 1024
-CapabilityBoundingSet=CAP_CHOWN CAP_DAC_OVERRIDE CAP_FOWNER CAP_SETGID CAP_SETUID
+# Open: root's hooks give files away, become other users and have to be stopped even so; PORT may
+# be below 1024
+CapabilityBoundingSet=CAP_CHOWN CAP_DAC_OVERRIDE CAP_FOWNER CAP_SETGID CAP_SETUID CAP_KILL
 CapabilityBoundingSet=CAP_NET_BIND_SERVICE
 AmbientCapabilities=CAP_NET_BIND_SERVICE
 # Open: a web server reads the clones

@@ -693,11 +693,11 @@ def test_the_unit_says_why_beside_each_line_that_is_open(installer):
     for line in (
         "RestrictAddressFamilies=",
         "ProtectSystem=full",
-        "CapabilityBoundingSet=",
         "UMask=0022",
         "MemoryDenyWriteExecute=no",
     ):
         assert re.search(r"(?m)^# Open: .+\n%s" % re.escape(line), unit), line
+    assert re.search(r"(?m)^# Open: .+\n# .+\nCapabilityBoundingSet=", unit)
     for line in (
         "After=network-online.target\nWants=network-online.target",
         "Restart=on-failure",

@@ -289,6 +289,66 @@ def test_the_service_starts_restarts_only_on_change_and_comes_back(booted):
     assert booted.run("systemctl", "cat", SERVICE).returncode == 1
 
 
+MAKE_CERTIFICATE = """
+openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=127.0.0.1 \
+  -keyout /etc/key.pem -out /etc/cert.pem 2>/dev/null
+chown alice /etc/key.pem
+"""
+
+
+def wait_for_log(machine, text, times=1):
+    """Wait until the service has logged a text so often."""
+    end = time.monotonic() + START_TIMEOUT_S
+    while True:
+        log = machine.run("journalctl", "-u", SERVICE, "-o", "cat").stdout
+        if log.count(text) >= times:
+            return
+        assert time.monotonic() < end, log
+        time.sleep(0.1)
+
+
+def test_a_reload_reads_the_certificate_again(booted):
+    booted.check("sh", "-c", MAKE_CERTIFICATE)
+    booted.path("/etc/server-update").mkdir()
+    conf = "TLS_CERT=/etc/cert.pem\nTLS_KEY=/etc/key.pem\n"
+    booted.path("/etc/server-update/slave.conf").write_text(conf)
+    booted.check("./install.sh", "slave", "--user", "alice", cwd=CHECKOUT)
+    read = "the TLS certificate is read from /etc/cert.pem"
+    wait_for_log(booted, read)
+    before = show(booted, "MainPID")
+    booted.check("systemctl", "reload", SERVICE)
+    wait_for_log(booted, read, times=2)
+    assert show(booted, "MainPID") == before
+
+
+HOOK_OF_ANOTHER_USER = """#!/bin/sh
+touch /srv/up/begun
+setpriv --reuid=alice --clear-groups sleep 1000
+"""
+
+
+def test_a_hook_that_became_another_user_can_be_stopped(booted):
+    make_upstream(booted)
+    hook = booted.path("/etc/server-update/hooks/post-update")
+    hook.parent.mkdir(parents=True)
+    hook.write_text(HOOK_OF_ANOTHER_USER)
+    hook.chmod(0o755)
+    booted.check("./install.sh", "slave", "--base-url", "/srv/up", cwd=CHECKOUT)
+    with booted.path("/etc/server-update/slave.conf").open("a") as conf:
+        conf.write("TIMEOUT=3\n")
+    booted.check("systemctl", "restart", SERVICE)
+    booted.check("./install.sh", "master", "127.0.0.1", cwd=CHECKOUT)
+    out = booted.run("server-update", "hanuman").stdout
+    assert "longer than 3 s (TIMEOUT)" in out, out
+    assert not find_sleeping(booted)
+
+
+def find_sleeping(machine):
+    """The processes of the machine that sleep for 1000 s."""
+    program = "for one in /proc/[0-9]*/cmdline; do tr '\\0' ' ' <$one; echo; done 2>/dev/null"
+    return re.findall("(?m)^sleep 1000 $", machine.run("sh", "-c", program).stdout)
+
+
 def test_a_slave_that_cannot_start_is_told(booted):
     booted.path("/etc/server-update").mkdir()
     booted.path("/etc/server-update/slave.conf").write_text("PORT=22\nBASE_URL=/srv/up\n")
