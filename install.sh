@@ -67,6 +67,9 @@ parse_args() {
   while [ $# -gt 0 ]; do
     # --port=80 is --port 80
     case $1 in
+      --no-start=* | --new-secret=* | --dry-run=*)
+        die 2 "${1%%=*} takes no value"
+        ;;
       --*=*)
         option=${1%%=*}
         value=${1#*=}
@@ -81,6 +84,10 @@ parse_args() {
         ;;
       --prefix | --user | --repos | --base-url | --port | --serve)
         if [ $# -eq 1 ]; then
+          die 2 "$1 needs a value"
+        fi
+        # An empty one is a value for --serve alone: no file.
+        if [ -z "$2" ] && [ "$1" != --serve ]; then
           die 2 "$1 needs a value"
         fi
         take_option "$1" "$2"
