@@ -26,6 +26,7 @@ DESTDIR=${DESTDIR-}
 SERVICE=server-update-slave
 # There from before the slave's files change until it has been restarted.
 PENDING=/run/$SERVICE.restart
+LOCK=/run/$SERVICE.install
 SYSTEM_PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 
 # What the command line says.
@@ -902,9 +903,25 @@ remove_ours() { # FILE: what somebody else has put there doesn't speak of us
 
 # --- the plan ---
 
-lock_others_out() { # a kernel lock, which dies with this run
-  exec 9</
-  python3 -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)'
+# A kernel lock, which dies with this run; root's is on a file that nobody else can hold, others
+# are on the folder that the target is in.
+lock_others_out() {
+  target=${DESTDIR:-$prefix}
+  if [ "$(id -u)" -eq 0 ] && [ -z "$DESTDIR" ]; then
+    exec 9>>"$LOCK"
+  elif [ -r "${target%/*}" ]; then
+    exec 9<"${target%/*}"
+  else
+    exec 9</
+  fi
+  python3 -c '
+import fcntl
+try:
+    fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except BlockingIOError:
+    print("waiting for another install.sh", flush=True)
+    fcntl.flock(9, fcntl.LOCK_EX)
+'
 }
 
 main() {
@@ -912,8 +929,8 @@ main() {
   check_usage
   find_places
   check_needs
+  lock_others_out # before anything is read that another run may change
   find_user
-  lock_others_out
   case $role in
     master) install_master ;;
     slave) install_slave ;;

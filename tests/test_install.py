@@ -1,5 +1,6 @@
 """install.sh: what it writes, says and refuses, into folders of its own (DESTDIR or --prefix)."""
 
+import fcntl
 import os
 import re
 import shutil
@@ -661,6 +662,21 @@ def test_many_at_once_end_in_one_whole_install(installer, tmp_path):
     for name in ("slave.py", "slave-activate"):
         written = (installer.stage / "usr/local/bin" / name).read_bytes()
         assert written in [(one.folder / name).read_bytes() for one in (installer, newer)]
+
+
+def test_who_waits_for_another_run_says_so(installer):
+    folder = os.open(str(installer.stage.parent), os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        env = dict(os.environ, DESTDIR=str(installer.stage))
+        command = ["sh", str(installer.folder / "install.sh"), "slave", "--user", "nobody"]
+        waiting = subprocess.Popen(command, env=env, stdout=subprocess.PIPE)
+        assert waiting.stdout.readline() == b"waiting for another install.sh\n"
+        assert contents(installer.stage) == {}
+    finally:
+        os.close(folder)
+    assert b"wrote" in waiting.communicate()[0]
+    assert waiting.returncode == 0
 
 
 # --- services ---
