@@ -27,6 +27,8 @@ SERVICE=server-update-slave
 # There from before the slave's files change until it has been restarted.
 PENDING=/run/$SERVICE.restart
 LOCK=/run/$SERVICE.install
+# Of a file that is being written: a name that nobody else gives.
+BESIDE=.server-update-new
 SYSTEM_PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 
 # What the command line says.
@@ -297,6 +299,9 @@ import ctypes, http.server, ssl
 find_user() {
   unit_before=$(cat "$unit" 2>/dev/null) || :
   if [ -n "$is_private" ]; then
+    if [ "${user:-$(id -un)}" != "$(id -un)" ]; then
+      die 2 "--user $user: only root can have slave.py run as somebody else"
+    fi
     user=$(id -un)
   fi
   user=${user:-$(user_before)}
@@ -306,11 +311,23 @@ find_user() {
       die 2 "bad user name '$user'"
       ;;
   esac
-  if [ -z "$DESTDIR" ] && ! id "$user" >/dev/null 2>&1; then
+  if needs_user && ! is_user "$user"; then
     die 2 "there is no user '$user' here"
   fi
   find_home
   find_served
+}
+
+# A user who is gone is no reason not to uninstall, or not to have a master here.
+needs_user() {
+  if [ -n "$DESTDIR" ]; then
+    return 1
+  fi
+  [ "$role" = slave ] || [ -n "$new_secret" ]
+}
+
+is_user() { # NAME
+  id "$1" >/dev/null 2>&1
 }
 
 user_before() { # as systemd_unit, openrc_script or start_command have written it
@@ -328,8 +345,8 @@ serve_before() {
 }
 
 find_home() {
-  home=$HOME
-  if [ -z "$is_private$DESTDIR" ]; then
+  home=${HOME:-/}
+  if [ -z "$is_private$DESTDIR" ] && is_user "$user"; then
     home=$(python3 -c '
 import os, sys
 print(os.path.expanduser("~" + sys.argv[1]))
@@ -440,17 +457,17 @@ holds() { # MODE FILE TEXT
 
 # shellcheck disable=SC2317 # act calls it
 rename_over() { # MODE FILE TEXT: nobody ever sees half of it
-  if write_beside "$1" "$2.new" "$3" && mv -f "$2.new" "$2"; then
+  if write_beside "$1" "$2$BESIDE" "$3" && mv -f "$2$BESIDE" "$2"; then
     return
   fi
-  rm -f "$2.new" 2>/dev/null
+  rm -f "$2$BESIDE" 2>/dev/null
   return 1
 }
 
 # Nobody but its owner may read it before it has its mode: it may be a secret.
 # shellcheck disable=SC2317 # as above
 write_beside() ( # MODE FILE TEXT
-  mkdir -p "${2%/*}" || exit
+  mkdir -p "${2%/*}" || exit # before umask: others have to get at what is in it
   umask 077
   # cat, as not every shell says why its own printf could not write
   say "$3" | cat >"$2" || exit
@@ -459,7 +476,7 @@ write_beside() ( # MODE FILE TEXT
 
 drop_half_written() { # FILE: a run that was killed may have left it
   if [ -z "$dry_run" ]; then
-    rm -f "$1.new"
+    rm -f "$1$BESIDE"
   fi
 }
 
@@ -837,9 +854,12 @@ make_repos_dir() {
 # its place meanwhile: that, and not what it leads to, would be given away (-h).
 # shellcheck disable=SC2317 # act calls it
 make_folder_of_user() { # FOLDER
-  mkdir -p "$1.new" || return
-  chown -h "$user:$(id -g "$user")" "$1.new" || return
-  mv "$1.new" "$1"
+  beside=$1$BESIDE
+  mkdir -p "${1%/*}" || return
+  rmdir "$beside" 2>/dev/null || : # of a run that was killed; what has something in it isn't ours
+  mkdir "$beside" || return
+  chown -h "$user:$(id -g "$user")" "$beside" || return
+  mv "$beside" "$1"
 }
 
 tell_missing_page() { # no mistake: the first update may bring it
@@ -870,7 +890,7 @@ say_what_runs() {
 
 uninstall() {
   # The unit may start a slave.py of another prefix.
-  if ! grep -qsF "$prefix/bin/slave.py" "$unit"; then
+  if ! grep -qsF -e "'$prefix/bin/slave.py'" -e "\"$prefix/bin/slave.py\"" "$unit"; then
     unit=''
     services=''
   fi
@@ -891,14 +911,35 @@ uninstall() {
   remove_ours "$share/man/man8/slave.py.8"
   remove_ours "$share/man/man8/slave-activate.8"
   remove_ours "$share/bash-completion/completions/server-update"
-  say "kept: the settings in $etc, the clones in $(ask_slave | sed -n 1p)"
+  if [ -n "$services" ]; then
+    forget_unit
+  fi
+  say_what_is_kept
+}
+
+forget_unit() {
+  if [ -z "$dry_run" ]; then
+    rm -f "$PENDING"
+  fi
+  if [ $manager = systemd ]; then
+    act reload reloaded units systemctl daemon-reload
+  fi
+}
+
+say_what_is_kept() {
+  if is_user "$user" || [ -n "$DESTDIR" ]; then
+    answer=$(ask_slave)
+    say "kept: the settings in $etc, the clones in $(say "$answer" | sed -n 1p)"
+  else
+    say "kept: the settings in $etc, the clones of '$user', who is no user here any more"
+  fi
 }
 
 remove_ours() { # FILE: what somebody else has put there doesn't speak of us
-  drop_half_written "$1"
   if grep -qs server-update "$1"; then
     act remove removed "$1" rm -f "$1"
   fi
+  drop_half_written "$1"
 }
 
 # --- the plan ---

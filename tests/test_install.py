@@ -371,6 +371,33 @@ def test_a_served_file_that_is_not_there_is_told(installer, as_user, tmp_path, s
     assert "There is no" not in installer.check("slave", "--serve", "/no page", shell=shell)
 
 
+def test_who_is_not_root_runs_it_as_himself(installer, as_user, tmp_path):
+    args = ["slave", "--prefix", str(tmp_path / "own"), "--user", "daemon"]
+    env = {"HOME": str(tmp_path)}
+    assert installer.refused(*args, staged=False, before=as_user, env=env) == (
+        "install.sh: --user daemon: only root can have slave.py run as somebody else"
+    )
+
+
+def test_a_folder_beside_that_of_the_clones_is_left_alone(installer, as_user, tmp_path):
+    (tmp_path / "repos.new").mkdir()
+    (tmp_path / "repos.new/mine").write_text("mine\n")
+    args = ["slave", "--prefix", str(tmp_path / "own"), "--repos", str(tmp_path / "repos")]
+    installer.check(*args, staged=False, before=as_user, env={"HOME": str(tmp_path)})
+    assert os.listdir(str(tmp_path / "repos")) == []
+    assert os.listdir(str(tmp_path / "repos.new")) == ["mine"]
+
+
+def test_uninstall_leaves_what_starts_the_slave_of_another_prefix(installer):
+    installer.check("slave", "--prefix", "/opt/usr/local")
+    (installer.stage / "usr/local/bin").mkdir(parents=True)
+    half = installer.stage / "usr/local/bin/slave.py.new"
+    half.write_text("somebody's own\n")
+    installer.check("uninstall", "--prefix", "/usr/local")
+    assert "/opt/usr/local/bin/slave.py" in (installer.stage / UNIT).read_text()
+    assert half.exists()
+
+
 # --- what it refuses ---
 
 ROLES = "unknown role '%s': it is master, slave or uninstall; see ./install.sh --help"
@@ -564,7 +591,7 @@ def test_a_full_and_a_read_only_disk_are_told(installer, small_disk, shell):
         % re.escape(str(installer.stage)),
         done.stderr,
     )
-    assert not [name for name in files(installer.stage) if name.endswith(".new")]
+    assert not [name for name in files(installer.stage) if name.endswith("-new")]
     subprocess.check_call(["mount", "-o", "remount,ro", str(installer.stage)])
     done = installer.run("slave", shell=shell)
     assert done.returncode == 1 and done.stderr.endswith(": Read-only file system\n")
@@ -585,7 +612,7 @@ def test_help_names_every_option(installer):
 @pytest.mark.parametrize("role", ["slave", "uninstall"])
 def test_what_a_killed_run_left_beside_a_file_is_removed(installer, role):
     installer.check("slave")
-    half = installer.stage / "usr/local/bin/slave.py.new"
+    half = installer.stage / "usr/local/bin/slave.py.server-update-new"
     half.write_text("half a scr")
     installer.check(role)
     assert not half.exists()

@@ -162,6 +162,19 @@ def test_another_user_runs_it_where_there_is_no_service_manager(machine, tools):
     assert "removed %s\n" % start in install("uninstall")
 
 
+def test_a_user_who_is_gone_keeps_nobody_from_uninstalling(machine):
+    bare = machine("trixie")
+    bare.check("useradd", "-m", "deploy")
+    bare.check("./install.sh", "slave", "--user", "deploy", cwd=CHECKOUT)
+    bare.check("userdel", "deploy")
+    done = bare.run("./install.sh", "slave", cwd=CHECKOUT)
+    assert (done.returncode, done.stdout) == (2, "install.sh: there is no user 'deploy' here\n")
+    assert "wrote" in bare.check("./install.sh", "master", "web1", cwd=CHECKOUT)
+    out = bare.check("./install.sh", "uninstall", cwd=CHECKOUT)
+    assert "removed /usr/local/bin/slave.py\n" in out
+    assert out.endswith("the clones of 'deploy', who is no user here any more\n")
+
+
 # --- with OpenRC, or what its commands do for us ---
 
 OPENRC = {
