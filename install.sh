@@ -250,6 +250,7 @@ has_openrc() { # and it isn't systemd that runs this machine
 }
 
 check_needs() {
+  need_tools cmp # without it all would seem to differ
   case $role in
     master)
       need_tools python3
@@ -330,7 +331,8 @@ is_user() { # NAME
   id "$1" >/dev/null 2>&1
 }
 
-user_before() { # as systemd_unit, openrc_script or start_command have written it
+# What systemd_unit, openrc_script or print_start_script have written is read again here.
+user_before() {
   say "$unit_before" | sed -n \
     -e 's/^User=//p' \
     -e 's/^command_user="\(.*\)"$/\1/p' \
@@ -345,8 +347,11 @@ serve_before() {
 }
 
 find_home() {
-  home=${HOME:-/}
-  if [ -z "$is_private$DESTDIR" ] && is_user "$user"; then
+  home=${HOME-}
+  if [ -n "$is_private$DESTDIR" ] && [ -n "$home" ]; then
+    return
+  fi
+  if is_user "$user"; then
     home=$(python3 -c '
 import os, sys
 print(os.path.expanduser("~" + sys.argv[1]))
@@ -364,9 +369,9 @@ find_served() { # served is what follows slave.py in a command
   fi
 }
 
-# slave.py alone reads, checks and explains settings. Printed are REPOS_DIR and PORT, as
-# slave.conf has them or, where there is none, as the options and else the environment say; then
-# a new slave.conf.
+# slave.py alone reads, checks and explains settings. Printed are REPOS_DIR, PORT and 'yes' where
+# it speaks TLS, a line each, as slave.conf has them or, where there is none, as the options and
+# else the environment say; then a new slave.conf.
 # Options that differ from what a slave.conf says are a mistake: it is kept as it is.
 ask_slave() {
   HOME=$home python3 -I -B -c '
@@ -398,32 +403,32 @@ if os.path.lexists(conf):
                      % (conf, key, now[key], OPTIONS[key], text))
 else:
     now = read(written, os.devnull)
-print(now["REPOS_DIR"], now["PORT"], sep="\n")
+print(now["REPOS_DIR"], now["PORT"], "yes" if now["TLS_CERT"] else "", sep="\n")
 print("# A line with # shows what holds without it. To change that, remove the # and restart.")
 for key, setting in slave.SETTINGS.items():
-    default, meaning = setting[0], setting[-1]
     mark = "" if key in written else "#"
-    print("\n# %s\n%s%s=%s" % (meaning, mark, key, written.get(key, default)))
+    value = written.get(key, setting.default)
+    print("\n# %s\n%s%s=%s" % (setting.help, mark, key, value))
 ' "$here" "$conf" "$base_url" "$repos" "$port" || exit 2
 }
 
 # --- changes: each is told, and each is left out of a dry run ---
 
-act() { # DO DONE WHAT COMMAND...
-  do=$1
-  done=$2
+act() { # PRESENT PAST WHAT COMMAND...: it is said in the one tense or the other
+  present=$1
+  past=$2
   what=$3
   shift 3
   changed=yes
   if [ -n "$dry_run" ]; then
-    say "would $do $what"
+    say "would $present $what"
     return
   fi
   # 9 is the lock of this run; what a command starts must not hold it.
   if ! why=$("$@" 2>&1 9>&-); then
-    die 1 "cannot $do $what: $(last_reason "$why")"
+    die 1 "cannot $present $what: $(last_reason "$why")"
   fi
-  say "$done $what"
+  say "$past $what"
 }
 
 last_reason() { # OUTPUT: 'cat: /x: Permission denied' is 'Permission denied'
@@ -489,12 +494,16 @@ remember_restart() {
 
 # --- scripts, their man pages, completion ---
 
+# A text is made before it is put anywhere: in an argument nobody would see that it failed.
 install_script() { # NAME INTERPRETER SECTION WHAT [restart]
-  put 755 "$bin/$1" "$(cat "$here/$1")" "${5-}"
-  put 644 "$share/man/man$3/$1.$3" "$(man_page "$@")"
+  text=$(cat "$here/$1") || exit 1
+  put 755 "$bin/$1" "$text" "${5-}"
+  text=$(man_page "$@") || exit 1
+  put 644 "$share/man/man$3/$1.$3" "$text"
 }
 
 man_page() { # NAME INTERPRETER SECTION WHAT: the script's --help as a page of the manual
+  help=$("$2" "$here/$1" --help) || die 1 "'$1 --help' does not work"
   printf '%s\n' \
     '.\" by server-update' \
     ".TH $1 $3" \
@@ -503,19 +512,20 @@ man_page() { # NAME INTERPRETER SECTION WHAT: the script's --help as a page of t
     '.SH DESCRIPTION' \
     .nf
   # A backslash, a hyphen, and a dot or a quote that begins a line mean something to man.
-  "$2" "$here/$1" --help |
+  say "$help" |
     sed 's/\\/\\e/g; s/-/\\-/g; s/^[.'\'']/\\\&&/'
 }
 
 install_completion() {
   if [ -d "$share/bash-completion" ] || [ -d "$DESTDIR/usr/share/bash-completion" ]; then
-    put 644 "$share/bash-completion/completions/server-update" "$(completion)"
+    text=$(completion) || exit 1
+    put 644 "$share/bash-completion/completions/server-update" "$text"
   fi
 }
 
 # For bash: options, and the names that end a command in the shell's history.
 completion() {
-  help=$(python3 "$here/server-update" --help)
+  help=$(python3 "$here/server-update" --help) || return
   cat <<END
 _server_update() {
   local word=\${COMP_WORDS[COMP_CWORD]} words='$(options '')' values=' $(options ' [A-Z]')'
@@ -534,7 +544,7 @@ options() { # PATTERN: the long options in \$help that PATTERN follows
     tr '\n' ' '
 }
 
-# --- the service ---
+# --- the service: user_before and serve_before read again what is written here ---
 
 systemd_unit() {
   cat <<END
@@ -552,6 +562,7 @@ ExecReload=/bin/sh -c "kill -HUP \$MAINPID"
 Restart=on-failure
 RestartSec=5
 # 2 is a mistake in the settings; TERM goes to slave.py alone, which stops its updates, within 15 s
+# (KILL_AFTER_S and what comes after it there)
 RestartPreventExitStatus=2
 KillMode=mixed
 TimeoutStopSec=20
@@ -620,11 +631,13 @@ END
 }
 
 # What starts slave.py as its user, where no service manager does.
-start_command() {
+find_start_command() {
   if [ "$user" = "$(id -un)" ]; then
-    say "$with_conf'$prefix/bin/slave.py'$served"
+    start_command="$with_conf'$prefix/bin/slave.py'$served"
+    start_line="exec env $start_command"
   else
-    say "su -s /bin/sh $user -c \"exec '$prefix/bin/slave.py'$served\""
+    start_command="su -s /bin/sh $user -c \"exec '$prefix/bin/slave.py'$served\""
+    start_line="exec $start_command"
   fi
 }
 
@@ -632,13 +645,11 @@ start_command() {
 print_start_script() {
   say '#!/bin/sh'
   say '# Made by install.sh of server-update, which replaces it.'
-  case $(start_command) in
-    su\ *) say "exec $(start_command)" ;;
-    *) say "exec env $(start_command)" ;;
-  esac
+  say "$start_line"
 }
 
 write_unit() {
+  find_start_command
   case $manager in
     none) put 755 "$unit" "$(print_start_script)" ;;
     systemd) put 644 "$unit" "$(systemd_unit)" restart ;;
@@ -718,7 +729,8 @@ install_master() {
   if [ -e "$list" ]; then
     add_slaves
   else
-    put 644 "$list" "$(cat "$here/slavelist.txt" && print_slaves)"
+    text=$(cat "$here/slavelist.txt" && print_slaves) || exit 1
+    put 644 "$list" "$text"
   fi
   if [ -n "$new_secret" ]; then
     make_secret
@@ -742,7 +754,7 @@ check_lists() { # what is asked for, and what is there
 }
 
 has_slaves() { # server-update takes a list without any for a mistake
-  grep -qs '^ *[^# ]' "$list"
+  grep -qs '^[[:space:]]*[^#[:space:]]' "$list"
 }
 
 check_list() { # FILE, or - for standard input
@@ -779,13 +791,18 @@ make_secret() {
   if [ -e "$secret" ]; then
     say "kept $secret"
   else
-    put 600 "$secret" "$(python3 -c 'import os; print(os.urandom(32).hex())')"
+    text=$(python3 -c 'import os; print(os.urandom(32).hex())') || exit 1
+    put 600 "$secret" "$text"
   fi
   if [ -z "$DESTDIR" ] && ! belongs_to_user "$secret"; then
     act give gave "$secret to $user" chown "$user" "$secret"
   fi
+  if [ -n "$dry_run" ]; then
+    return
+  fi
+  bring='umask 077 && cd /etc/server-update && cat >secret && chown USER secret'
   say "To bring the secret to a slave, where USER runs slave.py:"
-  say "  ssh root@SLAVE 'umask 077; cd /etc/server-update; cat >secret; chown USER secret' \\"
+  say "  ssh root@SLAVE '$bring' \\"
   say "    <'$secret'"
 }
 
@@ -811,6 +828,7 @@ install_slave() {
   write_conf
   repos=$(say "$answer" | sed -n 1p)
   port=$(say "$answer" | sed -n 2p)
+  has_tls=$(say "$answer" | sed -n 3p)
   make_repos_dir
   write_unit
   if [ -n "$services" ] && [ -z "$no_start" ]; then
@@ -819,7 +837,7 @@ install_slave() {
   say_what_runs
 }
 
-# Where the oldest slaves have it, and what calls it there.
+# For what calls it by that path, which is where it was in the oldest slaves.
 link_slave_activate() {
   if [ -n "$DESTDIR" ] && [ ! -d "$DESTDIR/bin" ]; then
     act make made "$DESTDIR/bin" mkdir "$DESTDIR/bin"
@@ -827,10 +845,15 @@ link_slave_activate() {
   if [ -n "$is_private" ] || is_our_link; then
     return
   fi
-  # A file there is somebody's own, or it is ours: with the prefix /usr, /bin is its bin.
+  # A file there is somebody's own, or it is ours: with the prefix /usr, /bin is its bin. Of
+  # links, only those to a slave-activate are replaced.
   if [ -e "$link" ] && [ ! -L "$link" ]; then
     return
   fi
+  case $(readlink "$link") in
+    '' | */slave-activate) ;;
+    *) return ;;
+  esac
   act link linked "$link" ln -snf "$prefix/bin/slave-activate" "$link"
 }
 
@@ -840,7 +863,7 @@ is_our_link() {
 
 write_conf() {
   if [ ! -e "$conf" ]; then
-    put 644 "$conf" "$(say "$answer" | sed 1,2d)" restart
+    put 644 "$conf" "$(say "$answer" | sed 1,3d)" restart
   fi
 }
 
@@ -876,14 +899,23 @@ say_what_runs() {
   if [ -z "$dry_run" ]; then
     if [ -z "$services" ]; then
       say "To start slave.py as $user, on port $port, with its clones in $repos:"
-      say "  $(start_command)"
+      say "  $start_command"
     elif [ -n "$no_start" ]; then
       say "The service $SERVICE is left as it was."
     else
       say "slave.py runs as $user on port $port, with its clones in $repos; its log: $log"
     fi
   fi
-  say "Settings: $conf. Next, on the master: ./install.sh master $(uname -n)"
+  say "Settings: $conf. Next, on the master: ./install.sh master $(print_entry)"
+}
+
+print_entry() { # what a master's list has to name this slave by, as far as can be known here
+  case $has_tls:$port in
+    yes:0) say "https://$(uname -n)/" ;;
+    yes:*) say "https://$(uname -n):$port/" ;;
+    :9999 | :0) uname -n ;;
+    *) say "$(uname -n):$port" ;;
+  esac
 }
 
 # --- gone again ---
@@ -927,11 +959,12 @@ forget_unit() {
 }
 
 say_what_is_kept() {
-  if is_user "$user" || [ -n "$DESTDIR" ]; then
-    answer=$(ask_slave)
+  if [ -z "$DESTDIR" ] && ! is_user "$user"; then
+    say "kept: the settings in $etc, the clones of '$user', who is no user here any more"
+  elif answer=$(ask_slave 2>/dev/null); then
     say "kept: the settings in $etc, the clones in $(say "$answer" | sed -n 1p)"
   else
-    say "kept: the settings in $etc, the clones of '$user', who is no user here any more"
+    say "kept: the settings in $etc, of which slave.conf has a mistake, and the clones"
   fi
 }
 

@@ -236,7 +236,7 @@ def test_new_secret_is_for_its_owner_only_and_kept(installer):
     assert re.fullmatch(r"[0-9a-f]{64}\n", secret.read_text())
     assert stat.S_IMODE(secret.stat().st_mode) == 0o600
     assert secret.read_text().strip() not in out
-    command = "umask 077; cd /etc/server-update; cat >secret; chown USER secret"
+    command = "umask 077 && cd /etc/server-update && cat >secret && chown USER secret"
     assert "  ssh root@SLAVE '%s' \\\n    <'%s'\n" % (command, secret) in out
     before = contents(installer.stage)
     assert "kept %s\n" % secret in installer.check("master", "--new-secret")
@@ -388,6 +388,17 @@ def test_a_folder_beside_that_of_the_clones_is_left_alone(installer, as_user, tm
     assert os.listdir(str(tmp_path / "repos.new")) == ["mine"]
 
 
+def test_a_mistake_in_slave_conf_is_no_reason_not_to_uninstall(installer):
+    installer.check("slave")
+    (installer.stage / "etc/server-update/slave.conf").write_text("PORT=80x\n")
+    out = installer.check("uninstall")
+    assert out.count("removed ") == len(SLAVE_FILES) - 1
+    assert out.endswith(
+        "kept: the settings in %s/etc/server-update, of which slave.conf has a mistake, "
+        "and the clones\n" % installer.stage
+    )
+
+
 def test_uninstall_leaves_what_starts_the_slave_of_another_prefix(installer):
     installer.check("slave", "--prefix", "/opt/usr/local")
     (installer.stage / "usr/local/bin").mkdir(parents=True)
@@ -396,6 +407,52 @@ def test_uninstall_leaves_what_starts_the_slave_of_another_prefix(installer):
     installer.check("uninstall", "--prefix", "/usr/local")
     assert "/opt/usr/local/bin/slave.py" in (installer.stage / UNIT).read_text()
     assert half.exists()
+
+
+@pytest.mark.parametrize(
+    "args, entry", [([], "%s"), (["--port", "8000"], "%s:8000"), (["--port", "0"], "%s")]
+)
+def test_the_next_step_names_the_slave_as_the_list_has_to(
+    installer, as_user, tmp_path, args, entry
+):
+    args = ["slave", "--prefix", str(tmp_path / "own"), *args]
+    run = {"staged": False, "before": as_user}
+    out = installer.check(*args, env={"HOME": str(tmp_path)}, **run)
+    assert out.endswith("./install.sh master %s\n" % (entry % os.uname().nodename))
+
+
+def test_with_tls_the_next_step_names_a_url(installer, as_user, tmp_path):
+    env = {"HOME": str(tmp_path), "SERVER_UPDATE_TLS_CERT": "/srv/cert.pem"}
+    args = ["slave", "--prefix", str(tmp_path / "own")]
+    out = installer.check(*args, staged=False, before=as_user, env=env)
+    assert out.endswith("./install.sh master https://%s:9999/\n" % os.uname().nodename)
+
+
+def test_somebody_elses_link_stays(installer):
+    link = installer.stage / "bin/slave-activate"
+    link.parent.mkdir(parents=True)
+    link.symlink_to("/opt/own/activate")
+    installer.check("slave")
+    assert os.readlink(str(link)) == "/opt/own/activate"
+    link.unlink()
+    link.symlink_to("/opt/old/bin/slave-activate")
+    installer.check("slave")
+    assert os.readlink(str(link)) == "/usr/local/bin/slave-activate"
+
+
+def test_a_script_that_does_not_work_is_told(installer):
+    (installer.folder / "server-update").write_text("raise SystemExit(1)\n")
+    done = installer.run("master")
+    assert done.returncode == 1
+    assert done.stderr == "install.sh: 'server-update --help' does not work\n"
+    assert "man1" not in done.stdout
+
+
+def test_a_list_of_blanks_alone_has_no_slaves(installer):
+    installer.check("master")
+    list_file = installer.stage / "etc/server-update/slavelist.txt"
+    list_file.write_text("\t\n \r\n# web1\n")
+    assert "added web1" in installer.check("master", "web1")
 
 
 # --- what it refuses ---
