@@ -131,9 +131,10 @@ def test_the_commands_that_the_readme_gives_first_are_there():
     assert "sh tests/run" in top
 
 
-def test_the_tests_that_the_promises_name_are_there():
+@pytest.mark.parametrize("page", ["promises.md", "security.md"])
+def test_the_tests_that_a_page_names_are_there(page):
     named = set(re.findall(r"`((?:test|an?|the|no|accepted|different|what)_\w+)`",
-                           (ROOT / "docs" / "promises.md").read_text(encoding="utf-8")))
+                           (ROOT / "docs" / page).read_text(encoding="utf-8")))
     files = (ROOT / "tests").glob("**/*.py")
     defined = {name for path in files
                for name in re.findall(r"^def (\w+)", path.read_text(encoding="utf-8"), re.M)}
