@@ -159,6 +159,5 @@ def test_the_map_of_the_code_names_what_is_there():
 def test_the_tests_that_the_development_page_names_are_there():
     text = (ROOT / "docs" / "development.md").read_text(encoding="utf-8")
     named = set(re.findall(r"\btest_\w+\.py", text))
-    there = {path.name for path in (ROOT / "tests").glob("test_*.py")}
-    assert named - there == set()
-    assert there - named <= {"test_upstream.py"}
+    assert len(named) > 20
+    assert named - {path.name for path in (ROOT / "tests").glob("test_*.py")} == set()
