@@ -57,7 +57,7 @@ class Fleet:
                 SERVER_UPDATE_BIND="127.0.0.1",
                 SERVER_UPDATE_PORT="0",
                 SERVER_UPDATE_REPOS_DIR=os.path.join(self.work, OURS, name),
-                SERVER_UPDATE_HOOKS_DIR=os.path.join(self.work, "none"),
+                SERVER_UPDATE_HOOKS_DIR=self.work,
             )
             process = subprocess.Popen(
                 (sys.executable, "-I", os.path.join(measure.PRODUCT, "slave.py")),

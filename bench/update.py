@@ -96,7 +96,7 @@ class Contest:
             SERVER_UPDATE_BASE_URL=self.server.url,
             SERVER_UPDATE_REPOS_DIR=self.folder(who),
             SERVER_UPDATE_SUBMODULES="no",  # as the others do
-            SERVER_UPDATE_HOOKS_DIR=os.path.join(self.work, "none"),
+            SERVER_UPDATE_HOOKS_DIR=self.work,
         )
 
     def sh(self, who, script, started=None):

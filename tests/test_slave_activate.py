@@ -381,7 +381,7 @@ def test_a_failing_pre_update_leaves_the_old_tree_live(activate, upstream):
     assert (result.status, result.out, result.err) == (
         1,
         "",
-        "broken\nslave-activate: pre-update hook failed (exit status 7), nothing is changed\n",
+        "broken\nslave-activate: pre-update hook failed (7): broken\n",
     )
     assert (activate.head(), activate.leftovers()) == (first, [])
     assert not (activate.live() / "ran").exists()
@@ -406,13 +406,13 @@ def test_who_cannot_hear_still_gets_the_right_exit_status(activate, upstream, sh
     assert activate.head() == repo.head()
 
 
-def test_a_hook_that_is_not_executable_is_named_and_ignored(activate, upstream):
+def test_a_hook_that_is_not_executable_is_named_and_has_failed(activate, upstream):
     upstream.create("r")
-    hook = activate.hook("pre-update", "exit 1\n", mode=0o644)
+    hook = activate.hook("pre-update", "exit 0\n", mode=0o644)
     result = activate("r")
-    assert (result.status, result.err) == (
-        0,
-        "slave-activate: ignoring '%s': not executable\n" % hook,
+    assert (result.status, result.last) == (
+        1,
+        "slave-activate: pre-update hook failed (126): cannot run '%s': Permission denied" % hook,
     )
 
 

@@ -277,6 +277,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", sorted(FAULTS))
 def test_a_broken_upstream(activate, upstream, http_upstream, fault, old):
     repo = upstream.create("r", {"f": "1"})
+    activate.short_pauses()
     activate.settings["BASE_URL"] = http_upstream.url
     first = activate.good("r")[0] if old == "there" else "-"
     before = snapshot(activate.live())
@@ -297,6 +298,7 @@ def test_an_upstream_that_hangs_is_given_up(activate, upstream, http_upstream, o
     upstream.create("r")
     activate.settings["BASE_URL"] = http_upstream.url
     http_upstream.fault = "hang"
+    activate.short_pauses()
     env = {"GIT_HTTP_LOW_SPEED_TIME": "1"}
     result = activate("r", env=env)
     assert result.status == 1
@@ -305,6 +307,7 @@ def test_an_upstream_that_hangs_is_given_up(activate, upstream, http_upstream, o
 
 
 def test_an_upstream_that_refuses_or_is_not_git(activate):
+    activate.short_pauses()
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         activate.settings["BASE_URL"] = "http://127.0.0.1:%d" % unused.getsockname()[1]

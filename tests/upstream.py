@@ -148,14 +148,18 @@ class GitHandler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         """Serve one request, or misbehave as told."""
         self.server.requests.append("%s %s" % (self.command, self.path))
+        self.number = len(self.server.requests)
         if not self._misbehave():
             self._run_backend()
 
     do_POST = do_GET
 
+    def _fault(self):
+        return self.server.faults_at.get(self.number, self.server.fault) or ""
+
     def _misbehave(self):
         """Do what the fault says; True when that was the whole answer."""
-        fault = self.server.fault or ""
+        fault = self._fault()
         if fault == "reset":
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         elif fault == "hang":
@@ -258,7 +262,7 @@ class GitHandler(http.server.BaseHTTPRequestHandler):
 
     def _send_chunk(self, chunk, sent):
         """Send a chunk after `sent` bytes of body, slowed or cut as told; the new sum."""
-        kind, _, number = (self.server.fault or "").partition(":")
+        kind, _, number = self._fault().partition(":")
         if kind == "cut" and self.command == "POST" and sent + len(chunk) > int(number):
             chunk = chunk[: max(0, int(number) - sent)]
             self.close_connection = True
@@ -279,6 +283,7 @@ class HttpUpstream(http.server.ThreadingHTTPServer):
       "401", "503"... that status
       "cut:N"         an answer to a POST (the packs) ends after N bytes of body
       "slow:N"        at most about N bytes a second
+    faults_at: {3: "503"}, faults that only the third request meets, and so on; `requests` counts.
     """
 
     daemon_threads = True
@@ -289,6 +294,7 @@ class HttpUpstream(http.server.ThreadingHTTPServer):
         self.create = upstream.create
         self.bytes_sent = self.bytes_received = 0
         self.requests = []
+        self.faults_at = {}
         self.released = threading.Event()
         self._fault = None
         self._counting = threading.Lock()

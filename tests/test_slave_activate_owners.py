@@ -1,0 +1,136 @@
+"""Files in the tree that are another user's, or immutable; and links that somebody swaps in."""
+
+import os
+import shutil
+import subprocess
+
+import pytest
+from activate_support import ANOTHER_USER, Activate, as_another_user, snapshot
+
+
+@pytest.fixture
+def activate(tmp_path, upstream):
+    upstream.create("r", {"f": "1", "app/main": "1", "app/more/x": "1"})
+    return Activate(tmp_path, upstream.base_path)
+
+
+def files_below(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_another_users_folder_stops_no_later_update(activate, upstream, tmp_path):
+    """As a container that runs as root leaves a __pycache__ in the tree."""
+    prefix = as_another_user(activate)
+    assert activate("r", prefix=prefix).status == 0
+    for number in range(3):
+        cache = activate.live() / "app" / "__pycache__"
+        cache.mkdir()
+        (cache / "main.pyc").write_text("root's")
+        result = activate("r", prefix=prefix)
+        assert result.status == 0, result
+        assert "app/__pycache__/main.pyc" in result.err and "belongs to root" in result.err
+        assert activate.leftovers() == ["trash"]
+        assert len(list((activate.state / "trash").iterdir())) == number + 1
+    assert files_below(activate.state / "trash")[0].endswith("app/__pycache__/main.pyc")
+    assert len(files_below(activate.state / "trash")) == 3, "the rest alone is set aside"
+    for folder, folders, files in os.walk(str(activate.state / "trash")):
+        for name in folders + files:
+            os.chown(os.path.join(folder, name), ANOTHER_USER, ANOTHER_USER)
+    assert activate("r", prefix=prefix).status == 0
+    assert activate.leftovers() == [], "what can be removed at last is"
+
+
+def test_another_users_tree_says_whose_it_is(activate):
+    prefix = as_another_user(activate)
+    assert activate("r", prefix=prefix).status == 0
+    for name in (".", ".git"):
+        os.chown(str(activate.live() / name), 0, 0)
+    before = snapshot(activate.live())
+    result = activate("r", prefix=prefix)
+    assert (result.status, snapshot(activate.live())) == (1, before), result
+    assert "'%s' belongs to root" % activate.live() in result.last
+    assert activate.leftovers() == []
+
+
+def test_an_immutable_file_stops_no_later_update(activate, upstream):
+    activate.good("r")
+    kept = activate.live() / "app/main"
+    if os.getuid() or subprocess.call(["chattr", "+i", str(kept)]):
+        pytest.skip("immutable files need root and a filesystem that has them")
+    inode = kept.stat().st_ino
+    try:
+        for _ in range(2):
+            result = activate("r")
+            assert result.status == 0, result
+        (aside,) = (activate.state / "trash").iterdir()
+        assert files_below(aside) == ["app/main"]
+        assert (aside / "app/main").stat().st_ino == inode
+    finally:
+        found = activate.live() / "app/main"
+        for path in [found, *(activate.state / "trash").rglob("main")]:
+            subprocess.call(["chattr", "-i", str(path)])
+    assert activate.good("r")
+
+
+def test_chmod_follows_no_link_that_is_swapped_in(activate, tmp_path):
+    """A chmod, or an rm, before which somebody puts a link in the place of a folder."""
+    prefix = as_another_user(activate)
+    assert activate("r", prefix=prefix).status == 0
+    outside = activate.home / "outside"
+    outside.mkdir(mode=0o750)
+    (outside / "theirs").write_text("x")
+    os.chown(str(outside), ANOTHER_USER, ANOTHER_USER)
+    fake = tmp_path / "fake"
+    fake.mkdir()
+    for name in ("chmod", "rm"):
+        (fake / name).write_text(
+            "#!/bin/sh\n"
+            "for path in %s/r.new/app; do\n"
+            "  if [ -d $path ] && [ ! -L $path ]; then\n"
+            "    mv $path/more $path.more; %s -rf $path; ln -s %s $path\n"
+            '  fi\ndone\nexec %s "$@"\n'
+            % (activate.state, shutil.which("rm"), outside, shutil.which(name))
+        )
+        (fake / name).chmod(0o755)
+    (activate.live() / "app").chmod(0o500)
+    env = {"PATH": "%s:%s" % (fake, os.environ["PATH"])}
+    before = snapshot(outside)
+    assert activate("r", prefix=prefix, env=env).status == 0
+    assert snapshot(outside) == before
+
+
+def test_an_rm_that_goes_by_paths_is_not_used_for_trees(activate, tmp_path):
+    """Such as busybox's, a link to it: who swaps a folder for a link meanwhile leads it away."""
+    fake = tmp_path / "fake"
+    fake.mkdir()
+    (fake / "busybox").write_text(
+        '#!/bin/sh\ncase $1 in -r*) touch %s/ran ;; esac\nexec %s "$@"\n'
+        % (fake, shutil.which("rm"))
+    )
+    (fake / "busybox").chmod(0o755)
+    (fake / "rm").symlink_to("busybox")
+    env = {"PATH": "%s:%s" % (fake, os.environ["PATH"])}
+    activate.good("r")
+    (activate.live() / "app").chmod(0o000)
+    assert activate.good("r", env=env)
+    assert not (fake / "ran").exists()
+
+
+def test_what_it_cannot_write_says_whose_it_is(activate):
+    """After somebody has run it once as root."""
+    prefix = as_another_user(activate)
+    activate.state.mkdir(parents=True)
+    for path in (activate.repos, activate.state):
+        os.chown(str(path), ANOTHER_USER, ANOTHER_USER)
+    lock = activate.state / "r.lock"
+    lock.touch(mode=0o600)
+    result = activate("r", prefix=prefix)
+    assert result.status == 1
+    assert result.last.startswith(
+        "slave-activate: can't write '%s'; '%s' belongs to root: chown" % (lock, lock)
+    )
+
+
+def test_nobody_else_can_open_the_lock(activate):
+    activate.good("r")
+    assert (activate.state / "r.lock").stat().st_mode & 0o077 == 0
