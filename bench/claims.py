@@ -30,6 +30,10 @@ CLAIMS = [
      "signal-10000", "delayed dead", "first", MASTER, None, "<=", 0.3),
     ("10,000 slaves, 2 % dead: less than 60 MB",
      "signal-10000", "delayed dead", "memory", MASTER, None, "<=", 60),
+    *[(f"{what}: within {bound} s", "prompt", "prompt", "seconds", what, None, "<=", bound)
+      for what, bound in (("slave.py listens", 0.3), ("an outcome is told", 0.05),
+                          ("50 requests on one connection", 1), ("a mistake is told", 1),
+                          ("the first sign", 0.1), ("Ctrl-C", 0.5))],
     ("16 clients: at least twice the signals per second that Flask takes",
      "daemon", "16", "rate", SLAVE, "Flask", ">=", 2),
     ("10,000 signals later: at most 30 MB",

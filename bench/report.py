@@ -49,7 +49,7 @@ TOOLS = [
     ("python-with-flask", "-c", FLASK),
 ]
 HERE = os.path.dirname(os.path.abspath(__file__))
-ROW_ORDER = ["update", "given", "fanout", "daemon", "fleet"]
+ROW_ORDER = ["update", "given", "fanout", "daemon", "fleet", "prompt"]
 
 # metric: what its column is called, how a value is written
 METRICS = {
