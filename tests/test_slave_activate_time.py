@@ -1,0 +1,236 @@
+"""TIMEOUT, from the start to the end; who has the lock; and that nothing outlives a run."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+from activate_support import Activate, finish, snapshot
+from processes import wait_until
+
+SHELLS = ["dash", "busybox ash", "bash"]
+PR_SET_CHILD_SUBREAPER = 36
+
+
+@pytest.fixture
+def repo(upstream):
+    return upstream.create("r", {"f": "1"})
+
+
+@pytest.fixture
+def activate(tmp_path, upstream, repo):
+    activate = Activate(tmp_path, upstream.base_path)
+    activate.settings["TIMEOUT"] = "2"
+    return activate
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_an_upstream_that_hangs(activate, http_upstream, shell):
+    activate.settings["BASE_URL"] = http_upstream.url
+    first, _ = activate.good("r", env={"SERVER_UPDATE_TIMEOUT": "60"})
+    before = snapshot(activate.live())
+    http_upstream.fault = "hang"
+    result = activate("r", prefix=shell.split(), timeout=15)
+    assert (result.status, result.out) == (1, ""), result
+    assert result.last.startswith("slave-activate: TIMEOUT (2 s) is over; ")
+    assert (snapshot(activate.live()), activate.leftovers()) == (before, [])
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_pre_update_that_hangs(activate, shell):
+    activate.hook("pre-update", "echo thinking; sleep 60\n")
+    result = activate("r", prefix=shell.split(), timeout=15)
+    assert (result.status, result.out) == (1, ""), result
+    assert "TIMEOUT (2 s) is over" in result.err
+    assert result.last == "slave-activate: pre-update hook failed (143): thinking"
+    assert (activate.live().exists(), activate.leftovers()) == (False, [])
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize("ignores", ["", "trap '' TERM\n"])
+def test_a_post_update_that_hangs(activate, repo, tmp_path, shell, ignores):
+    """What it has started is ended too."""
+    pids = tmp_path / "pids"
+    activate.hook("post-update", ignores + "sleep 60 & echo $! $$ >%s; wait; sleep 60\n" % pids)
+    result = activate("r", prefix=shell.split(), timeout=20)
+    assert (result.status, result.out) == (3, "r %s -\n" % repo.head()), result
+    status = 137 if ignores else 143
+    assert result.last == "slave-activate: live, but post-update hook failed (%d)" % status
+    for pid in pids.read_text().split():
+        wait_until(lambda pid=pid: not is_running(pid))
+
+
+def is_running(pid):
+    try:
+        with open("/proc/%s/stat" % pid) as stat:
+            return stat.read().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_who_has_the_lock_is_told(activate, shell):
+    marker = activate.bin / "in-hook"
+    activate.hook("pre-update", "touch %s; sleep 60\n" % marker)
+    holder = activate.start("r", env={"SERVER_UPDATE_TIMEOUT": "100"})
+    wait_until(marker.exists)
+    result = activate("r", prefix=shell.split(), timeout=15)
+    holder.terminate()
+    assert finish(holder, 10).status == 1
+    lock = activate.state / "r.lock"
+    since = r"since \d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
+    assert (result.status, result.out) == (1, "")
+    assert re.fullmatch(
+        r"slave-activate: TIMEOUT \(2 s\) is over; waited for the lock '%s', process %d has it %s"
+        % (re.escape(str(lock)), holder.pid, since),
+        result.last,
+    ), result
+    assert "slave-activate: process %d has it since" % holder.pid in result.err.split("\n")[1]
+
+
+def test_a_kill_leaves_the_lock_free(activate):
+    marker = activate.bin / "in-hook"
+    hook = activate.hook("pre-update", "touch %s; sleep 60\n" % marker)
+    process = activate.start("r", env={"SERVER_UPDATE_TIMEOUT": "100"})
+    wait_until(marker.exists)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    hook.unlink()
+    assert activate.good("r")
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "1.5", "x", "1000000", "060"])
+def test_a_bad_timeout(activate, value):
+    result = activate("r", env={"SERVER_UPDATE_TIMEOUT": value})
+    assert (result.status, result.last) == (
+        2,
+        "slave-activate: bad TIMEOUT '%s' (set by SERVER_UPDATE_TIMEOUT)" % value,
+    )
+
+
+def test_the_settings_file_has_it_too(activate, http_upstream, tmp_path):
+    del activate.settings["TIMEOUT"]
+    (tmp_path / "slave.conf").write_text("TIMEOUT=900\nTIMEOUT.r=1\n")
+    activate.settings["CONF"] = str(tmp_path / "slave.conf")
+    activate.settings["BASE_URL"] = http_upstream.url
+    http_upstream.fault = "hang"
+    assert "TIMEOUT (1 s) is over" in activate("r", timeout=15).last
+
+
+# -- leftovers ---------------------------------------------------------------------------
+
+REAPER = (
+    """
+import ctypes, os, subprocess, sys
+ctypes.CDLL(None).prctl(%d, 1, 0, 0, 0)
+process = subprocess.Popen(sys.argv[1:])
+os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+with open("/proc/self/task/%%d/children" %% os.getpid()) as children:
+    orphans = [pid for pid in children.read().split() if pid != str(process.pid)]
+states = []
+for pid in orphans:
+    with open("/proc/%%s/stat" %% pid) as stat:
+        states.append(stat.read().rpartition(")")[2].split()[0])
+print("zombies", states.count("Z"), "running", len(states) - states.count("Z"),
+      "status", process.wait())
+"""
+    % PR_SET_CHILD_SUBREAPER
+)
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize("how", ["live", "failed", "interrupted", "late"])
+def test_nothing_is_left_to_process_1(activate, http_upstream, shell, how):
+    """What git leaves where it fails or is killed has ended too; else there is nothing at all."""
+    activate.settings.update(BASE_URL=http_upstream.url, TIMEOUT="2" if how == "late" else "60")
+    expected = "running 0 status 1\n"
+    if how == "live":
+        expected = "zombies 0 running 0 status 0\n"
+    elif how == "failed":
+        http_upstream.fault = "404"
+    elif how == "interrupted":
+        activate.hook("pre-update", "kill -TERM $(cat %s/r.lock); sleep 60\n" % activate.state)
+    else:
+        http_upstream.fault = "hang"
+    result = activate("r", prefix=[sys.executable, "-c", REAPER, *shell.split()])
+    assert result.out.endswith(expected), result
+
+
+# -- what a killed run left is ended, and nothing else -----------------------------------
+
+
+def test_a_forged_name_has_nobody_killed(activate, tmp_path):
+    """A path with a newline in it, held open by anybody, that reads like another's open file."""
+    activate.settings["TIMEOUT"] = "60"
+    activate.good("r")
+    victim = subprocess.Popen(["sleep", "60"])
+    lock = activate.state / "r.lock"
+    forged = tmp_path / ("a\nb/proc/%d/fd/6 -> " % victim.pid) / str(lock)[1:]
+    forged.parent.mkdir(parents=True)
+    forged.write_text("")
+    holder = subprocess.Popen(["sh", "-c", 'exec sleep 60 6<"$1"', "sh", str(forged)])
+    try:
+        wait_until(lambda: has_open(holder.pid, forged))
+        (activate.state / "r.log").write_text("as a killed run leaves it")
+        activate.good("r")
+        assert victim.poll() is None and holder.poll() is None
+    finally:
+        for process in (victim, holder):
+            process.kill()
+            process.wait()
+
+
+def has_open(pid, path):
+    try:
+        return os.readlink("/proc/%d/fd/6" % pid) == str(path)
+    except OSError:
+        return False
+
+
+def test_a_file_of_the_same_name_elsewhere_has_nobody_killed(activate, tmp_path):
+    """As in a container, where the lock's path is another file."""
+    if os.getuid() or subprocess.call(["unshare", "-m", "true"]):
+        pytest.skip("mounts need root and unshare (util-linux)")
+    activate.settings["TIMEOUT"] = "60"
+    activate.good("r")
+    lock = activate.state / "r.lock"
+    (tmp_path / "other").write_text("")
+    script = 'mount --bind "$1" "$2"; exec sleep 60 6<"$2"'
+    holder = subprocess.Popen(
+        ["unshare", "-m", "sh", "-ec", script, "sh", str(tmp_path / "other"), str(lock)]
+    )
+    try:
+        wait_until(lambda: has_open(holder.pid, lock))
+        (activate.state / "r.log").write_text("as a killed run leaves it")
+        activate.good("r")
+        assert holder.poll() is None
+    finally:
+        holder.kill()
+        holder.wait()
+
+
+def test_another_users_process_is_not_killed(activate):
+    """Who got hold of the lock, open, is not ours, whatever number it has there."""
+    if os.getuid():
+        pytest.skip("another user needs root")
+    activate.settings["TIMEOUT"] = "60"
+    activate.good("r")
+    lock = activate.state / "r.lock"
+    holder = subprocess.Popen(
+        ["sh", "-c", 'exec setpriv --reuid=12345 --clear-groups sleep 60 6<"$1"', "sh", str(lock)]
+    )
+    try:
+        wait_until(lambda: has_open(holder.pid, lock) and b"sleep" in cmdline(holder.pid)[:6])
+        (activate.state / "r.log").write_text("as a killed run leaves it")
+        activate.good("r")
+        assert holder.poll() is None
+    finally:
+        holder.kill()
+        holder.wait()
+
+
+def cmdline(pid):
+    with open("/proc/%d/cmdline" % pid, "rb") as handle:
+        return handle.read()

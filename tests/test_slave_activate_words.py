@@ -1,0 +1,144 @@
+"""What it says: each failure with what to do, and no password of a URL."""
+
+import os
+import shutil
+import subprocess
+
+import pytest
+from activate_support import Activate, in_mounts
+
+SECRET = "s3cr3t"
+
+
+@pytest.fixture
+def repo(upstream):
+    return upstream.create("r", {"f": "1"})
+
+
+@pytest.fixture
+def activate(tmp_path, upstream, repo):
+    activate = Activate(tmp_path, upstream.base_path)
+    activate.short_pauses()
+    return activate
+
+
+def ssh_that_says(folder, words):
+    ssh = folder / "ssh"
+    ssh.write_text("#!/bin/sh\ncat >&2 <<'END'\n%s\nEND\nexit 255\n" % words)
+    ssh.chmod(0o755)
+    return {"SERVER_UPDATE_BASE_URL": "ssh://git@x/y", "GIT_SSH_COMMAND": str(ssh)}
+
+
+@pytest.mark.parametrize(
+    "words, advice",
+    [
+        ("Host key verification failed.", "or add its key to known_hosts"),
+        ("ssh: Could not resolve hostname x: Name or service not known", "look up names? see"),
+        ("ssh: connect to host x port 22: Connection refused", "is it up, and are host and port"),
+        ("ssh: connect to host x port 22: No route to host", "is it up, and are host and port"),
+        ("ERROR: Repository not found.", "see BASE_URL"),
+    ],
+)
+def test_what_ssh_says_comes_with_advice(activate, tmp_path, words, advice):
+    noise = "\nfatal: Could not read from remote repository.\n\nPlease make sure you have x"
+    result = activate("r", env=ssh_that_says(tmp_path, words + noise))
+    assert (result.status, result.out) == (1, "")
+    assert result.last.startswith("slave-activate: " + words.replace("fatal: ", "")), result
+    assert advice in result.last
+
+
+def test_a_key_that_upstream_does_not_know(activate, tmp_path):
+    result = activate("r", env=ssh_that_says(tmp_path, "git@x: Permission denied (publickey)."))
+    assert result.last == "slave-activate: git@x: Permission denied (publickey)."
+    assert "ssh key; add it there, as a deploy key" in result.err
+
+
+@pytest.mark.parametrize(
+    "fault, advice",
+    [
+        ("429", "429; it is asked too often; update fewer slaves at a time"),
+        ("503", "503; upstream is in trouble; try again later"),
+        ("403", "403; give root credentials for it, see gitcredentials(7)"),
+        ("404", "not found; see BASE_URL"),
+    ],
+)
+def test_what_http_says_comes_with_advice(activate, http_upstream, fault, advice):
+    activate.settings["BASE_URL"] = http_upstream.url
+    http_upstream.fault = fault
+    result = activate("r")
+    assert result.status == 1
+    assert advice.replace("root", subprocess.getoutput("id -un")) in result.last, result
+
+
+def test_a_host_that_has_no_name(activate):
+    activate.settings["BASE_URL"] = "http://no-such-host.invalid"
+    result = activate("r")
+    assert "Could not resolve host" in result.last
+    assert result.last.endswith("can this host look up names? see BASE_URL")
+
+
+def test_no_credentials_of_a_url_are_printed(activate, http_upstream, tmp_path, own_home):
+    base = http_upstream.url.replace("//", "//user:%s@" % SECRET)
+    activate.settings["BASE_URL"] = base
+    for fault in ("503", "404", "401", "403", "reset", "garbage", "cut:10"):
+        http_upstream.fault = fault
+        result = activate("r")
+        assert result.status == 1
+        assert SECRET not in result.err and "user:" not in result.err, result
+    http_upstream.fault = None
+    for args in (("r", "nowhere"), ("r", "1" * 40), ("r", "refs/tags/nowhere"), ("none",)):
+        result = activate(*args)
+        assert (result.status, SECRET in result.err) == (1, False), result
+    for bad in ("https://user:%s@a b" % SECRET, "https://user:%s@x\t" % SECRET):
+        result = activate("r", env={"SERVER_UPDATE_BASE_URL": bad})
+        assert (result.status, SECRET in result.err) == (2, False), result
+    conf = tmp_path / "slave.conf"
+    for text in ("BASE_URL https://user:%s@x\n", "BASE_URI=https://u:%s@x\n", "https://u:%s@x=\n"):
+        conf.write_text(text % SECRET)
+        result = activate("r", env={"SERVER_UPDATE_CONF": str(conf)})
+        assert (result.status, SECRET in result.err) == (2, False), result
+    (own_home / ".gitconfig").write_text(
+        '[url "https://user:%s@no-such-host.invalid/"]\n\tinsteadOf = forge:\n' % SECRET
+    )
+    result = activate("r", env={"SERVER_UPDATE_BASE_URL": "forge:/x"})
+    assert (result.status, SECRET in result.err) == (1, False), result
+
+
+def test_another_filesystem_is_said_in_words(activate, repo, tmp_path):
+    """EXDEV, as of a folder that is part of a container's image; EBUSY."""
+    if not shutil.which("strace"):
+        pytest.skip("this needs strace")
+    first, _ = activate.good("r")
+    for error, words in (("EXDEV", "Invalid cross-device link"), ("EBUSY", "resource busy")):
+        prefix = [
+            "strace",
+            "-f",
+            "-qq",
+            "-e",
+            "trace=rename,renameat,renameat2",
+            "-o",
+            "/dev/null",
+        ]
+        prefix += ["-P", str(activate.live()), "-e", "inject=renameat2,rename:error=" + error]
+        result = activate("r", prefix=prefix)
+        assert (result.status, result.out) == (1, ""), result
+        start = "slave-activate: cannot put the new clone in place of '%s': " % activate.live()
+        assert result.last.startswith(start) and words in result.last, result
+        assert result.last.count("; ") == 1, "and what to do"
+        assert activate.head() == first
+
+
+def test_a_read_only_filesystem(activate):
+    activate.good("r")
+    mount = "mount --bind '{0}' '{0}'\nmount -o remount,bind,ro '{0}'".format(activate.repos)
+    result = activate("r", prefix=in_mounts(mount))
+    assert (result.status, result.out) == (1, ""), result
+    assert result.last.startswith("slave-activate: can't write '%s" % activate.state), result
+
+
+@pytest.mark.parametrize("closing", ["2>&-", ">&- 2>&-", "<&- >&- 2>&-", "2>/dev/full"])
+def test_a_failing_hook_where_nobody_listens(activate, closing):
+    activate.hook("pre-update", "echo x; exit 1\n")
+    command = 'exec "$@" ' + closing
+    assert activate("r", prefix=["sh", "-c", command, "sh"]).status == 1
+    assert os.listdir(str(activate.state)) == ["r.lock"]
