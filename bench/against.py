@@ -18,6 +18,7 @@ import functools
 import math
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -262,7 +263,7 @@ def parse_args(argv):
     )
     parser.add_argument("--pairs", type=int, help=f"how many runs of each ({PAIRS})")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does it all work?")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     for row in args.rows:
         if row not in ROWS:
             parser.error(f"unknown row {row!r}: it is one of {', '.join(ROWS)}")
@@ -290,8 +291,15 @@ def print_head(other, pairs):
     print(f"{'':34} {'':7} {other:>10} {HERE:>13} {'ratio':>7}   95 % interval", flush=True)
 
 
+def end_cleanly(number, _):
+    """A signal ends it as an exception does: what it started ends, and its folder goes."""
+    raise SystemExit(128 + number)
+
+
 def main(argv):
     args = parse_args(argv)
+    signal.signal(signal.SIGTERM, end_cleanly)
+    signal.signal(signal.SIGHUP, end_cleanly)
     base = os.environ.get("BENCH_DIR") or "/var/tmp/server-update-bench"
     os.makedirs(os.path.join(base, "upstream"), exist_ok=True)
     work = tempfile.mkdtemp(prefix="against.", dir=base)

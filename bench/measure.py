@@ -37,11 +37,15 @@ def run_measured(argv, env, cwd=None, started=None):
         child = subprocess.Popen(
             argv, env=env, cwd=cwd, stdin=null, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
-        if started:
-            started(child.pid)
-        output = child.stdout.read()
+        try:
+            if started:
+                started(child.pid)
+            output = child.stdout.read()
+            _, status, usage = os.wait4(child.pid, 0)
+        except BaseException:
+            stop(child)
+            raise
         child.stdout.close()
-        _, status, usage = os.wait4(child.pid, 0)
         seconds = time.monotonic() - before
     child.returncode = status
     if status:

