@@ -32,6 +32,8 @@ MAY_SKIP_IN_CI = ("no IPv6 on this machine", "this git has no SHA-256 repositori
 
 def pytest_configure(config):
     """Forget what would change a run: git's variables, ours, proxies, colours; obey SIGINT."""
+    if config:  # none where the soak test calls this
+        config.addinivalue_line("markers", "slow: not for every day, see tests/run")
     signal(SIGINT, default_int_handler)  # a shell's background job ignores it, and what it starts
     for name in [name for name in os.environ if FORGET.fullmatch(name)]:
         del os.environ[name]

@@ -107,6 +107,7 @@ def test_the_plot_has_a_curve_for_each_with_all_its_points(page, tmp_path):
     assert {"time", "memory", "files in the tree", "slave-activate", "the limit"} <= set(words)
 
 
+@pytest.mark.slow
 def test_every_row_works_at_its_smallest(tmp_path):
     out = tmp_path / "docs" / "benchmarks.md"
     options = ("--quick", "--no-peers", "--out", str(out))
@@ -161,6 +162,7 @@ def against(checkout, *args):
     return run("sh", str(checkout / "bench" / "against"), *args, BENCH_DIR=work)
 
 
+@pytest.mark.slow
 def test_two_versions_are_compared_row_by_row(checkout):
     slow = "#!/bin/sh\nsleep 0.5\nexec '%s' \"$@\"\n" % (ROOT / "slave-activate")
     (checkout / "slave-activate").write_text(slow, encoding="utf-8")

@@ -13,7 +13,8 @@ SCRIPTS = ("install.sh", "server-update", "slave.py", "slave-activate", "slaveli
 CHECKOUT = "/root/a checkout"
 SERVICE = "server-update-slave"
 STARTED = re.compile(r"To start slave.py as (\w+), .*\n  (.*)\n")
-START_TIMEOUT_S = 20
+START_TIMEOUT_S = 60
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture

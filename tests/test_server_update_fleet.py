@@ -104,7 +104,7 @@ FLEET = [  # kind, outcome, what the message says
     (raw(b"\x15\x03\x03\x00\x02\x02\x16"), "unreachable", "does not answer in HTTP"),
     (raw(b"SSH-2.0-OpenSSH_9.2\r\n"), "unreachable", "does not answer in HTTP"),
     (restarting, "live", ""),
-    (updates(1000), "timeout", "no outcome within 10 s"),
+    (updates(1000), "timeout", "no outcome within 10 s(; connected, but no whole answer.*)?"),
     (forgetful, "(failed|timeout)", ".*no such update .HTTP 404."),
     (odd_status, "(failed|timeout)", ".*took the signal, but its status makes no sense"),
     (hold, "timeout", "no outcome within 10 s; connected, but no whole answer in time"),

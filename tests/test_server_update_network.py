@@ -31,7 +31,10 @@ def test_a_dripped_answer_does_not_outlive_its_time(farm, start_update):
     assert running.finish().outcomes == {slow: "unreachable", last: "timeout"}
 
 
-@pytest.mark.parametrize(("lives", "mutes", "options"), [(1, 3, ["--parallel=1"]), (20, 600, [])])
+@pytest.mark.parametrize(
+    ("lives", "mutes", "options"),
+    [(1, 3, ["--parallel=1"]), pytest.param(20, 600, [], marks=pytest.mark.slow)],
+)
 def test_mute_slaves_keep_nobody_from_being_asked(farm, update, lives, mutes, options):
     """Outcomes are asked for before further signals are sent, and have threads of their own."""
     live = [farm.add(updates()) for _ in range(lives)]

@@ -143,7 +143,7 @@ def without_color(text):
 
 
 @pytest.mark.parametrize("output", OUTPUTS)
-@pytest.mark.parametrize("size", [*SIZES, MANY])
+@pytest.mark.parametrize("size", [*SIZES, pytest.param(MANY, marks=pytest.mark.slow)])
 def test_what_is_seen(shown, size, output):
     one = shown(size, output)
     assert one.text == golden("%d-%s" % (size, output), one.text)
@@ -194,6 +194,7 @@ def test_the_c_locale_shows_the_same(shown, size):
     assert shown(size, "locale-c-80").text == shown(size, "80").text
 
 
+@pytest.mark.slow
 def test_ten_thousand_one_by_one(shown):
     """With -v and --json each of them is there."""
     *lines, empty, totals = shown(MANY, "verbose").text.splitlines()

@@ -45,6 +45,7 @@ def kill_group(process, _):
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [kill_shell, kill_a_child, kill_group])
 def test_kill_9_at_any_moment(activate, upstream, victim):
     """After each kill the live tree is the old one to the byte, or the whole new one."""
@@ -104,6 +105,7 @@ def check_term(activate, process, old, new, before):
     return status == 1
 
 
+@pytest.mark.slow
 def test_term_at_every_stage(activate, upstream):
     repo = upstream.create("r", {"a": "0", "b": "0"})
     took, interrupted = duration(activate), 0

@@ -225,6 +225,7 @@ def test_a_submodule_that_names_a_command_or_a_folder_outside(attack):
     attack.works()
 
 
+@pytest.mark.slow
 def test_a_huge_file(attack, small_disk, tmp_path):
     """Of few bytes over the wire: it goes live, or there is no room for it."""
     huge = tmp_path / "huge"
@@ -241,6 +242,7 @@ def test_a_huge_file(attack, small_disk, tmp_path):
     assert (attack.activate.live() / "huge").stat().st_size == HUGE_BYTES
 
 
+@pytest.mark.slow
 def test_a_million_files(attack, small_disk):
     """Four objects are enough for that: it goes live, or there is no room for it."""
     repo, width = attack.repo, round(FILES ** (1 / 3))

@@ -209,6 +209,7 @@ def fuzz(port, seed, count):
     return wrong
 
 
+@pytest.mark.slow
 def test_a_hostile_network(start_slave, tmp_path):
     slave = start_slave()
     stand_in(slave)
@@ -412,6 +413,7 @@ def test_a_reader_that_stops_reading_holds_up_nobody(start_slave, tmp_path):
         reader.close()
 
 
+@pytest.mark.slow
 def test_a_real_browser_shows_the_served_file(start_slave, tmp_path):
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     if not chromium:

@@ -1,4 +1,5 @@
 """The quick form of the fault suite, on fixed seeds; the long: sh tests/run --soak MINUTES."""
+import pytest
 from fleet import Fleet
 from rounds import EVENTS, SPREAD_S, run_round
 from schedule import FAULTS, make_schedule
@@ -14,6 +15,7 @@ def test_the_seeds_replay_and_have_every_fault():
     assert {kind for kind, _ in schedules} > {"interrupt", "kill"}
 
 
+@pytest.mark.slow
 def test_a_fleet_under_faults_keeps_every_promise(tmp_path):
     fleet = Fleet(tmp_path / "fleet", SLAVES)
     try:

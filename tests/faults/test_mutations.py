@@ -143,6 +143,7 @@ def broken(body, name):
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda one: one.name.replace(" ", "-"))
 def test_the_suite_catches(mutation, tmp_path):
     if "on_disk" in mutation.scenario.__name__:
