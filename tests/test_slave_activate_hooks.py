@@ -185,9 +185,10 @@ def test_a_hooks_folder_that_is_named_must_be_there(activate, tmp_path):
     assert not activate.repos.exists()
 
 
-def test_settings_that_cannot_be_looked_at_are_an_error(activate, tmp_path, own_home):
+@pytest.mark.parametrize("shell", SHELLS)
+def test_settings_that_cannot_be_looked_at_are_an_error(activate, tmp_path, shell):
     """Also where no file is named; a settings folder of mode 0700, a dangling link."""
-    prefix = as_another_user(activate)
+    prefix = as_another_user(activate) + shell.split()
     folder = tmp_path / "etc"
     folder.mkdir(mode=0o700)
     text = activate.script.read_text().replace("/etc/server-update", str(folder / "server-update"))

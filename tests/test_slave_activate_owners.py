@@ -73,25 +73,24 @@ def test_an_immutable_file_stops_no_later_update(activate, upstream):
 
 
 def test_chmod_follows_no_link_that_is_swapped_in(activate, tmp_path):
-    """A chmod, or an rm, before which somebody puts a link in the place of a folder."""
+    """A chmod before which somebody puts a link in the place of the folder that it is for."""
     prefix = as_another_user(activate)
     assert activate("r", prefix=prefix).status == 0
     outside = activate.home / "outside"
-    outside.mkdir(mode=0o750)
+    outside.mkdir()
     (outside / "theirs").write_text("x")
     os.chown(str(outside), ANOTHER_USER, ANOTHER_USER)
+    outside.chmod(0o500)
     fake = tmp_path / "fake"
     fake.mkdir()
-    for name in ("chmod", "rm"):
-        (fake / name).write_text(
-            "#!/bin/sh\n"
-            "for path in %s/r.new/app; do\n"
-            "  if [ -d $path ] && [ ! -L $path ]; then\n"
-            "    mv $path/more $path.more; %s -rf $path; ln -s %s $path\n"
-            '  fi\ndone\nexec %s "$@"\n'
-            % (activate.state, shutil.which("rm"), outside, shutil.which(name))
+    path = activate.state / "r.new/app"
+    (fake / "chmod").write_text(
+        '#!/bin/sh\nfor last; do :; done\nif [ "$last" = {0} ] && [ ! -L {0} ]; then\n'
+        "  {1} -R u+w {0}; rm -rf {0}; ln -s {2} {0}\nfi\nexec {1} \"$@\"\n".format(
+            path, shutil.which("chmod"), outside
         )
-        (fake / name).chmod(0o755)
+    )
+    (fake / "chmod").chmod(0o755)
     (activate.live() / "app").chmod(0o500)
     env = {"PATH": "%s:%s" % (fake, os.environ["PATH"])}
     before = snapshot(outside)
