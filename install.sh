@@ -45,6 +45,19 @@ no_start=''
 new_secret=''
 dry_run=''
 
+# What find_places and find_user find out:
+#   here         the folder of this script and of those that it installs
+#   bin, share   where programs and man pages go, below DESTDIR
+#   etc          the folder of the settings; conf, list and secret are files in it
+#   link         /bin/slave-activate
+#   path         the PATH of the service
+#   is_private   set where somebody who is not root installs for himself
+#   manager      systemd, openrc or none; services is set where it may be told to do things
+#   unit         what starts slave.py: a unit, a service script or, with neither, a plain script
+#   log          where slave.py's log is, in words
+#   home         of user, the one who runs the slave
+#   served       what follows slave.py in a command: the file to serve, in quotes
+
 # What a run has done: something at all, something that slave.py has to be restarted for.
 changed=''
 restart=''
@@ -219,8 +232,6 @@ find_settings() {
   fi
 }
 
-# manager is systemd, openrc or none; services is set where it may be told to do things. unit is
-# what starts slave.py: a unit, a service script or, where nobody reads those, a plain script.
 find_manager() {
   log=''
   services=''
@@ -359,7 +370,7 @@ print(os.path.expanduser("~" + sys.argv[1]))
   fi
 }
 
-find_served() { # served is what follows slave.py in a command
+find_served() {
   if ! is_given --serve; then
     serve=$(serve_before)
   fi
