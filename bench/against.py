@@ -10,11 +10,14 @@ interval that holds the true median with at least 95 % probability. That is by o
 of 11 pairs the 2nd and the 10th, as 11 coins fall alike but for one or less only 1.2 times in a
 hundred. It supposes nothing of how the times are spread.
 
-BENCH_DIR (/var/tmp/server-update-bench) is where it works, and keeps the repositories it makes.
+BENCH_DIR (/var/tmp/server-update-bench) is where it works, and keeps the repositories it makes. On
+ext4 without a journal whoever comes second waits for inodes that the first has freed: there no
+figure of an update means anything (see the end of docs/benchmarks.md), and it says so.
 """
 
 import argparse
 import functools
+import glob
 import math
 import os
 import shutil
@@ -284,6 +287,16 @@ def put_python_first(folder):
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
 
 
+def warn_without_journal(folder):
+    """Says so where files lie on an ext4 without a journal."""
+    number = os.stat(folder).st_dev
+    device = os.path.realpath(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
+    name = os.path.basename(device)
+    is_ext4 = os.path.isdir("/proc/fs/ext4/" + name)
+    if is_ext4 and not glob.glob(f"/proc/fs/jbd2/{name}-*"):
+        print(f"bench: {folder} is on ext4 WITHOUT A JOURNAL: updates are not comparable there")
+
+
 def print_head(other, pairs):
     place = places(pairs)
     words = f"of {pairs} pairs; interval: from value {place + 1} to {pairs - place} of the sorted"
@@ -305,6 +318,7 @@ def main(argv):
     work = tempfile.mkdtemp(prefix="against.", dir=base)
     try:
         put_python_first(os.path.join(work, "bin"))
+        warn_without_journal(work)
         bench = Bench(args, base, work, Versions(args.commit, work))
         print_head(bench.versions.other, args.pairs)
         for row in args.rows:
