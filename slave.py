@@ -12,8 +12,10 @@ the last of these wins. SIGHUP reads the TLS certificate again. Exit status: 0 s
 or SIGINT, 1 could not start, 2 usage or settings.
 """
 
+import _thread
 import argparse
 import contextlib
+import errno
 import fcntl
 import fnmatch
 import hmac
@@ -22,11 +24,13 @@ import ipaddress
 import json
 import os
 import re
+import resource
 import select
 import shutil
 import signal
 import socket
 import ssl
+import stat
 import subprocess
 import sys
 import threading
@@ -44,14 +48,19 @@ SECRET_FILE = "/etc/server-update/secret"
 MAX_RUNNING = 4  # side by side
 MAX_QUEUED = 100  # repositories with an update that waits
 MAX_ENDED = 10  # ended updates that are remembered, a repository
+MAX_WITHOUT_TREE = 1000  # repositories that are remembered although nothing is live
 MAX_TRIES = 3  # starts of one update; more only where the slave was stopped cleanly
 KILL_AFTER_S = 10  # from TERM to KILL
 GIVE_UP_AFTER_S = 1  # from KILL to the insight that it can't be killed
+GIT_TIMEOUT_S = 2  # to say what is live
 LEFTOVER_S = 0.5  # for what a run that has ended left in its process group
 POLL_S = 0.02  # how often a run is asked whether it has ended
 MAX_MESSAGE_CHARS = 300
 OUTPUT_KINDS = ("slave-activate: ", "fatal: ", "error: ", "")  # what tells most comes first
+HOOK_RE = re.compile(r"live, but post-update hook failed \(([0-9]{1,3})\)")
 OUTCOME_PATTERN = r"%s ([0-9a-f]{40,64}|-) ([0-9a-f]{40,64}|-)\n"  # slave-activate's stdout
+
+USER_RE = re.compile(r"(?<=://)[^/?#\s]*@")  # user and password of a URL
 
 # Connections
 HEADER_TIMEOUT_S = 10  # for a TLS handshake and a whole request header
@@ -59,12 +68,20 @@ SEND_TIMEOUT_S = 30  # for a peer to take anything
 CLOSE_TIMEOUT_S = 1  # for a peer to see the end of an answer
 MAX_LINE_BYTES = 8192  # of a request, and of what slave-activate says
 MAX_HEADER_BYTES = 16384
-MAX_CONNECTIONS = 256
+MAX_CONNECTIONS = 256  # fewer where files are short, as these are kept for all else:
+RESERVED_FILES = 32
+SPARE_FILES = 4  # connections that may be open beyond that, for as long as they end
+SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+SHORTAGE_PAUSE_S = 0.1
+MAX_REFUSALS_LOGGED = 10  # a second
 MAX_WAIT_S = 30
+MAX_STATUS_BYTES = 1000000  # server-update reads a little more
+VIA_RE = re.compile("[0-9a-f]{16}(,[0-9a-f]{16}){0,7}")  # ids of at most 8 relays
 TEND_S = 0.5  # how often late connections are dropped
 IDLE_S = 0.1  # a thread that has no connection to serve for so long ends
 RETRY_LATER = ("Retry-After", "2")
 
+HEADER_LINE_RE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*\r?\n")  # RFC 9110
 ORIGIN_RE = re.compile("^https?://[^/?]*", re.I)  # of a target as proxies send it
 
 # Signatures
@@ -156,12 +173,56 @@ def escape(text):
     return "".join(map(escape_char, text))
 
 
+def reason(error):
+    """What went wrong, of an OSError, without its number."""
+    return error.strerror or str(error)
+
+
 def log(text, *values):
     """Writes a line to stderr, in one write, so that the lines of threads never mix."""
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ ", time.gmtime())
-    line = now + escape(text % values) + "\n"
+    line = now + escape(USER_RE.sub("", text % values)) + "\n"
     with contextlib.suppress(OSError):  # nobody reads the log: no reason to stop updating
         os.write(2, line.encode("utf-8", "backslashreplace"))
+
+
+def start_thread(function):
+    """Has a thread call a function; RuntimeError or MemoryError where there can't be one.
+
+    Thread.start() waits for ever where there is no memory for the new thread's first steps."""
+    _thread.start_new_thread(function, ())
+
+
+class Throttle:
+    """Has so many lines a second logged, and counts the others."""
+
+    def __init__(self):
+        self.lock = threading.RLock()  # log() calls tell()
+        self.second = 0  # that is being counted
+        self.logged = 0  # in it
+        self.left_out = 0
+
+    def log(self, text, *values):
+        with self.lock:
+            # A new second begins with none.
+            self.tell()
+            self.logged += 1
+            if self.logged > MAX_REFUSALS_LOGGED:
+                self.left_out += 1
+                return
+        log(text, *values)
+
+    def tell(self):
+        """Says how many were left out, once their second is over."""
+        with self.lock:
+            now = int(time.monotonic())
+            if now == self.second:
+                return
+            if self.left_out:
+                log("%d more like these were left out", self.left_out)
+            self.second = now
+            self.logged = 0
+            self.left_out = 0
 
 
 # -- settings --------------------------------------------------------------
@@ -319,10 +380,16 @@ def read_settings(environ, options):
 # -- records: what is remembered of updates; pure ---------------------------
 
 # One update. /status tells the fields of TOLD; times are seconds since 1970; a stop of the slave
-# that was clean is no try.
+# that was clean is no try; `first` is the oldest update that this one has taken the place of.
 Record = namedtuple("Record", "repo update ref state requested started finished commit previous "
-                    "message tries", defaults=(None, None, None, None, "", 0))
-TOLD = Record._fields[:10]
+                    "message pin hook beneath beneath_bad by note via first tries",
+                    defaults=[None] * 4 + [""] + [None] * 8 + [0])
+TOLD = Record._fields[:16]
+
+
+def told(record):
+    """What /status tells of a record."""
+    return {key: getattr(record, key) for key in TOLD}
 
 
 def next_update_id(newest, now):
@@ -349,16 +416,19 @@ class Records(RecordsFields):
     def find(self, update):
         """The record of an update, or of the newer one in its place, or None."""
         for record in self.all():
-            if record.update >= update:
+            if (record.first or record.update) <= update <= record.update:
                 return record
         return None
 
-    def accept(self, repo, ref, now):
-        """An update is queued, in place of one that is."""
+    def accept(self, repo, ref, now, asked=()):
+        """An update is queued, in place of one that is; `asked` are further fields of it."""
         newest = self.newest()
         update = next_update_id(newest, now)
+        record = Record(repo, update, ref, "queued", requested=now, first=update)
+        record = record._replace(**dict(asked))
+        if self.queued:
+            record = record._replace(first=self.queued.first)
         # Until it starts, what is live is what the update before it left.
-        record = Record(repo, update, ref, "queued", requested=now)
         if newest:
             record = record._replace(commit=newest.commit)
         return self._replace(queued=record)
@@ -375,6 +445,15 @@ class Records(RecordsFields):
         ended = (*self.ended, done)[-MAX_ENDED:]
         return self._replace(ended=ended, running=None)
 
+    def give_up(self, update, message, now):
+        """An update has failed for a reason of the slave's own, unless it has ended before."""
+        # What came to its end before something went wrong has ended as it has.
+        record = self.find(update)
+        if not record or record.finished:
+            return self
+        begun = self if self.running else self.start(record.commit, now)
+        return begun.finish({"state": "failed", "message": message}, now)
+
     def stop(self):
         """The slave ends cleanly under the running update: that is no try."""
         again = self.running._replace(tries=self.running.tries - 1)
@@ -390,8 +469,18 @@ class Records(RecordsFields):
         return self.requeue()
 
     def requeue(self):
+        """What runs is queued again, or what is queued takes its place."""
         again = self.running._replace(state="queued", started=None)
-        return self._replace(queued=self.queued or again, running=None)
+        if self.queued:
+            again = self.queued._replace(first=again.first)
+        return self._replace(queued=again, running=None)
+
+    def resume(self, now):
+        """The slave has begun: nothing runs."""
+        return self.interrupt(now) if self.running else self
+
+    def forget(self):
+        return self if self.running or self.queued else Records()
 
     def encode(self):
         """The text of a record file: the newest one's fields, and the others as `earlier`."""
@@ -400,36 +489,52 @@ class Records(RecordsFields):
         return text.encode("ascii") + b"\n"
 
 
-def is_time(value):
+def is_number(value):
     """Whether a value of JSON can be a time, an id or a count; NaN can't."""
     return isinstance(value, (int, float)) and 0 <= value < 1e15
 
 
-def is_commit(value):
-    return value is None or HASH_RE.fullmatch(value) is not None
+# What must hold for the fields of a record; all but those of REQUIRED may be None as well.
+RULES = {
+    "repo": is_repo_name,
+    "update": is_number,
+    "ref": is_ref,
+    "requested": is_number,
+    "started": is_number,
+    "finished": is_number,
+    "commit": HASH_RE.fullmatch,
+    "previous": HASH_RE.fullmatch,
+    "message": re.compile(".*", re.DOTALL).fullmatch,
+    "pin": HASH_RE.fullmatch,
+    "hook": is_number,
+    "by": is_note,
+    "note": is_note,
+    "via": VIA_RE.fullmatch,
+    "first": is_number,
+    "tries": is_number,
+}
+REQUIRED = {"repo", "update", "requested", "message", "tries"}
 
 
 def check_record(repo, record):
-    """ValueError (or TypeError) unless this is a record of an update of `repo`."""
+    """ValueError (or TypeError, AttributeError) unless this is a record of an update of `repo`."""
+    for key, is_right in RULES.items():
+        value = getattr(record, key)
+        # Where the version before had no such field, it has its default, which is mostly None.
+        if value is None and key not in REQUIRED:
+            continue
+        if not is_right(value):
+            raise ValueError("not a record of an update: bad " + key)
+    if record.repo != repo:
+        raise ValueError("a record of another repository")
     states = ("live", "failed") if record.finished else ("queued", "running")
-    rules = [
-        (is_repo_name(repo) and record.repo == repo, "another repository"),
-        (is_time(record.update) and is_time(record.requested), "no id or time"),
-        (is_time(record.started or 0), "not a time"),
-        (is_time(record.finished or 0), "not a time"),
-        (record.ref is None or is_ref(record.ref), "no ref"),
-        (record.state in states, "no state"),
-        (is_commit(record.commit) and is_commit(record.previous), "no commit"),
-        (isinstance(record.message, str), "no message"),
-        (is_time(record.tries), "no number of tries"),
-    ]
-    for is_kept, wrong in rules:
-        if not is_kept:
-            raise ValueError("not a record of an update: " + wrong)
+    if record.state not in states:
+        raise ValueError("not a record of an update: bad state")
 
 
 def decode_record(repo, fields):
-    """The Record that these fields of JSON are; ValueError, TypeError: they are none."""
+    """The Record that these fields of JSON are; an error of check_record: they are none."""
+    # Fields that a newer version has added are passed over.
     known = {key: fields[key] for key in Record._fields if key in fields}
     record = Record(**known)
     check_record(repo, record)
@@ -437,10 +542,19 @@ def decode_record(repo, fields):
 
 
 def decode_records(repo, data):
-    """What Records.encode made; ValueError, TypeError or AttributeError for anything else."""
+    """What Records.encode made; ValueError, TypeError or AttributeError for anything else.
+
+    Of what a newer version has written that stays which this one understands."""
     newest = json.loads(data.decode("utf-8"))
-    earlier = newest.get("earlier", [])
-    found = [decode_record(repo, fields) for fields in earlier + [newest]]
+    found = []
+    for fields in newest.get("earlier", []) + [newest]:
+        try:
+            found.append(decode_record(repo, fields))
+        except (ValueError, TypeError, AttributeError) as error:
+            wrong = error
+    # A file in which nothing is understood is broken, not newer.
+    if not found:
+        raise wrong
     # What has ended has a time for it; of what has not there is one of a state at most.
     ended = tuple(record for record in found if record.finished)
     unfinished = {record.state: record for record in found if not record.finished}
@@ -452,6 +566,42 @@ def decode_records(repo, data):
 
 
 # -- journal: the records of all repositories, in memory and on disk ---------
+
+def read_file(path):
+    """What is in a file; OSError where it is none: nothing waits for a FIFO or a device."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        mode = os.fstat(fd).st_mode
+        if not stat.S_ISREG(mode):
+            code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
+            raise OSError(code, "not a regular file", path)
+        with open(fd, "rb", closefd=False) as handle:
+            return handle.read()
+    finally:
+        os.close(fd)
+
+
+def lock_file(path, flags):
+    """Locks a file for this process alone; the descriptor that holds the lock, until it ends."""
+    fd = os.open(path, flags, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def lock_folder(path):
+    """The same for a folder."""
+    try:
+        return lock_file(path, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        # NFS locks only what is open for writing, which a folder can't be.
+        if error.errno != errno.EBADF:
+            raise
+    return lock_file(os.path.join(path, ".lock"), os.O_RDWR | os.O_CREAT)
+
 
 def write_synced(path, content):
     """Writes a file; once this returns, a loss of power does not lose what is in it."""
@@ -491,34 +641,62 @@ class Journal:
         self.folder = folder
         self.beside = os.path.join(folder, "record.tmp")
         self.records = {}
+        self.unread = set()  # repositories whose record is there, but can't be read now
+        self.unsaved = set()  # those whose record is not on disk as it is in memory
         self.changes = SimpleQueue()
         self.changed = threading.Condition()  # told after each change
-        # The lock is the kernel's, on the folder itself: it ends with the process.
-        os.makedirs(folder, mode=0o700, exist_ok=True)
-        self.folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        self.lock()
+        self.folder_fd = -1
+        self.locks = []  # descriptors
+        self.take()
         # A disk that is full or read-only is told now, not at the first signal.
         open(self.beside, "wb").close()
         os.unlink(self.beside)
         for name in os.listdir(folder):
             if name.endswith(".json"):
                 self.load(name[:-len(".json")])
-        threading.Thread(target=self.write_changes, daemon=True).start()
+        start_thread(self.write_changes)
 
-    def lock(self):
+    def take(self):
+        """Makes the state folder, where it is gone, and takes it for this process alone.
+
+        So is REPOS_DIR, which is still there where somebody removes the state folder."""
+        os.makedirs(self.folder, mode=0o700, exist_ok=True)
+        # Those of a folder that is gone are worth nothing; REPOS_DIR is taken again at once.
+        while self.locks:
+            os.close(self.locks.pop())
+        for path in (self.folder, os.path.dirname(self.folder)):
+            try:
+                self.locks.append(lock_folder(path))
+            except BlockingIOError:
+                raise OSError("another slave.py works in '%s'" % path)
+        if self.folder_fd >= 0:
+            os.close(self.folder_fd)
+        self.folder_fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+
+    def is_taken(self):
+        """Whether the state folder still is the one that was taken."""
         try:
-            fcntl.flock(self.folder_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OSError("another slave.py works in '%s'" % self.folder)
+            return os.path.samestat(os.stat(self.folder), os.fstat(self.folder_fd))
+        except FileNotFoundError:
+            return False
+
+    def path(self, repo):
+        return os.path.join(self.folder, repo + ".json")
 
     def load(self, repo):
-        path = os.path.join(self.folder, repo + ".json")
+        """Reads a record; one that can't be read now stays where it is, a broken one does not."""
+        path = self.path(repo)
         try:
-            with open(path, "rb") as handle:
-                self.records[repo] = decode_records(repo, handle.read())
+            self.records[repo] = decode_records(repo, read_file(path))
+            self.unread.discard(repo)
+        except (OSError, MemoryError) as error:
+            if repo not in self.unread:
+                log("%s can't be read now and is left as it is: %s", path, error)
+            self.unread.add(repo)
         except Exception as error:  # whatever it is, it must not stop the others
             log("%s is broken, kept as %s.json.broken: %r", path, repo, error)
             os.rename(path, path + ".broken")
+            self.unread.discard(repo)
 
     def commit(self, repo, method, *args, is_forced=False):
         """Applies a method of Records; what it returns, once that is on disk, else OSError."""
@@ -529,42 +707,63 @@ class Journal:
     def write_changes(self):
         """The journal's thread: writes whatever has come, and begins again."""
         while True:
-            # Those that came while the last ones were written share one fsync of the folder: with
-            # 16 clients that is a third more signals a second than a lock that each takes in turn.
-            batch = [self.changes.get()]
-            with contextlib.suppress(Empty):
-                while True:
-                    batch.append(self.changes.get_nowait())
-            self.write(batch)
+            batch = []
+            try:
+                self.take_changes(batch)
+                self.write(batch)
+            except Exception as error:  # no memory, say; the next ones may have some
+                for change in batch:
+                    change.failure = error
             for change in batch:
                 change.settle()
             with self.changed:
                 self.changed.notify_all()
 
+    def take_changes(self, batch):
+        """Waits for a change, and takes all that are there by then.
+
+        Those that came while the last ones were written share one fsync of the folder: with 16
+        clients that is a third more signals a second than a lock that each takes in turn."""
+        batch.append(self.changes.get())
+        with contextlib.suppress(Empty):
+            while True:
+                batch.append(self.changes.get_nowait())
+
     def write(self, batch):
         """Makes a batch of changes, on disk first; if that fails, the forced ones in memory."""
         after = self.make(batch)
         try:
+            if not self.is_taken():
+                log("%s is gone, and is made anew", self.folder)
+                self.take()
+                self.unsaved.update(self.records)
+            # Those that could not be written before come first, as they may be written now.
+            for repo in self.unsaved - set(after):
+                self.save(repo, self.recall(repo))
             for repo, records in after.items():
                 self.save(repo, records)
             self.sync()
+            self.unsaved.clear()
         except Exception as error:
-            log("can't write in %s: %s", self.folder, getattr(error, "strerror", error))
+            log("can't write in %s: %s", self.folder, getattr(error, "strerror", None) or error)
             with contextlib.suppress(OSError):
                 os.unlink(self.beside)
             # Nothing of a batch counts but what has happened anyway: the start or end of a run.
-            forced = [change for change in batch if change.is_forced]
             for change in batch:
                 change.failure = error
-            after = self.make(forced)
+            after = self.make([change for change in batch if change.is_forced])
+            self.unsaved.update(after)
         self.records.update(after)
+        # A repository of which nothing is remembered needs no memory.
+        for repo in [repo for repo, records in after.items() if not records.all()]:
+            del self.records[repo]
 
     def make(self, batch):
         """{repo: Records} after these changes, one after the other."""
         after = {}
         for change in batch:
-            before = after.get(change.repo) or self.records.get(change.repo, Records())
             try:
+                before = after.get(change.repo) or self.recall(change.repo)
                 change.made = change.method(before, *change.args)
                 change.failure = None
                 after[change.repo] = change.made
@@ -572,10 +771,23 @@ class Journal:
                 change.failure = error
         return after
 
+    def recall(self, repo):
+        """The Records of a repository; OSError where they can't be read now."""
+        if repo in self.unread:
+            self.load(repo)
+        if repo in self.unread:
+            raise OSError("its record can't be read")
+        return self.records.get(repo, Records())
+
     def save(self, repo, records):
         """Puts one file in its place, whole or not at all; its folder is synced later."""
-        write_synced(self.beside, records.encode())
-        os.rename(self.beside, os.path.join(self.folder, repo + ".json"))
+        if records.all():
+            write_synced(self.beside, records.encode())
+            os.rename(self.beside, self.path(repo))
+            return
+        for path in (self.path(repo), os.path.join(self.folder, repo + ".lock")):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
 
     def sync(self):
         os.fsync(self.folder_fd)
@@ -583,17 +795,60 @@ class Journal:
 
 # -- run: what is live, and a program that changes it -------------------------
 
+def is_emptied(tree):
+    """Whether a folder has nothing in it, or a clone none of the files that its index names."""
+    names = os.listdir(tree)
+    # A commit without files is no reason to say that nothing is live, hence the index.
+    if names != [".git"]:
+        return not names
+    try:
+        index = read_file(os.path.join(tree, ".git/index"))
+    except OSError:
+        return False
+    return index[8:12] > bytes(4)  # the number of its entries: gitformat-index(5)
+
+
+def read_ref(git, name):
+    """What a ref of a .git folder says; nothing where plain files don't tell. All is bytes."""
+    try:
+        return read_file(os.path.join(git, name)).strip()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        pass
+    try:
+        packed = read_file(os.path.join(git, b"packed-refs"))
+    except (FileNotFoundError, NotADirectoryError):
+        return b""
+    found = re.search(b"^([0-9a-f]+) %s$" % re.escape(name), packed, re.M)
+    return found.group(1) if found else b""
+
+
+def ask_git(git):
+    """The commit of HEAD as git tells it, however refs are kept; nothing where there is none."""
+    # None of these may lead git to another repository.
+    environ = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+    command = ["git", "--git-dir", git, "rev-parse", "-q", "--verify", "HEAD^{commit}"]
+    null = subprocess.DEVNULL
+    done = subprocess.run(command, env=environ, timeout=GIT_TIMEOUT_S, stdin=null,
+                          stdout=subprocess.PIPE, stderr=null)
+    return done.stdout.strip()
+
+
 def read_live_commit(tree):
-    """The commit that is checked out in a clone, or None where its plain files don't tell."""
-    text = "ref: HEAD"
-    with contextlib.suppress(OSError, ValueError):
+    """The commit that is checked out in a clone; None: there is none. It never waits for long."""
+    git = os.path.join(os.fsencode(tree), b".git")
+    text = b"ref: HEAD"
+    try:
+        if is_emptied(tree):
+            return None
         for _ in range(3):  # HEAD, the branch, or that by way of another
-            if text.startswith("ref: "):
-                with open(os.path.join(tree, ".git", text[len("ref: "):])) as handle:
-                    text = handle.read().strip()
-    if HASH_RE.fullmatch(text):
-        return text
-    return None
+            if text.startswith(b"ref: "):
+                text = read_ref(git, text[len(b"ref: "):])
+        if not HASH_RE.fullmatch(text.decode("ascii", "replace")):
+            text = ask_git(git)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    commit = text.decode("ascii", "replace")
+    return commit if HASH_RE.fullmatch(commit) else None
 
 
 class Run:
@@ -611,31 +866,33 @@ class Run:
         self.process = subprocess.Popen(
             command, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, start_new_session=True)
+        # What it leaves behind may hold the pipes open: nothing waits for their end.
         os.set_blocking(self.process.stdout.fileno(), False)
         os.set_blocking(self.process.stderr.fileno(), False)
         self.poll = select.poll()
         self.poll.register(self.process.stderr, select.POLLIN)
 
-    def wait(self, timeout_s, stop):
+    def wait(self, timeout_s, is_stopping):
         """Blocks until it has ended or been given up: None, or "timeout" or "stop" by force.
 
-        `stop` is an Event that ends it early."""
-        if self.ends_within(timeout_s, stop):
+        It is ended early once `is_stopping` says so, a function."""
+        if self.ends_within(timeout_s, is_stopping):
             return None
         # From here on it is by force, whether it obeys or not.
-        why = "stop" if stop.is_set() else "timeout"
+        why = "stop" if is_stopping() else "timeout"
         self.signal(signal.SIGTERM)
         if not self.ends_within(KILL_AFTER_S):
             self.signal(signal.SIGKILL)
             self.ends_within(GIVE_UP_AFTER_S)
         return why
 
-    def ends_within(self, timeout_s, stop=None):
-        """Whether it ends in that time; False also once `stop` is set."""
+    def ends_within(self, timeout_s, is_stopping=lambda: False):
+        """Whether it ends in that time; False also once `is_stopping` says so."""
         deadline = time.monotonic() + timeout_s
         while not self.has_ended():
-            if time.monotonic() >= deadline or (stop and stop.is_set()):
+            if time.monotonic() >= deadline or is_stopping():
                 return False
+            # Output wakes what waits for it; where there is none it looks again and again.
             if not self.listen(POLL_S):
                 time.sleep(POLL_S)
         return True
@@ -666,7 +923,7 @@ class Run:
         """Logs the lines that are whole by now, long ones in pieces; at the end b"" the rest."""
         # Of a line without end no more than this is kept.
         *lines, self.unfinished = (self.unfinished + part).split(b"\n")
-        if not part or len(self.unfinished) > MAX_LINE_BYTES:
+        if self.unfinished and not part or len(self.unfinished) > MAX_LINE_BYTES:
             lines.append(self.unfinished)
             self.unfinished = b""
         for line in lines:
@@ -674,7 +931,7 @@ class Run:
                 self.log_line(line[start:start + MAX_LINE_BYTES])
 
     def log_line(self, line):
-        text = line.decode("utf-8", "replace").rstrip()
+        text = line.decode("utf-8", "replace").rstrip().replace("\t", " ")
         log("%s: %s", self.name, text)
         kind = next(kind for kind in OUTPUT_KINDS if text.startswith(kind))
         if text[len(kind):]:
@@ -687,6 +944,7 @@ class Run:
     def end_rest(self):
         """Has what it left end, which gets a moment to say something."""
         self.signal(signal.SIGTERM)
+        # The last line of what failed may still be in the pipe.
         deadline = time.monotonic() + LEFTOVER_S
         while time.monotonic() < deadline and self.listen(POLL_S):
             pass
@@ -695,16 +953,26 @@ class Run:
         signal_group(self.process.pid, number)
 
     def close(self):
-        """Kills what is still there of it, and forgets it."""
+        """Kills what is still there of it, and forgets it; what can't be killed is only told."""
         self.signal(signal.SIGKILL)
         self.process.stdout.close()
         self.process.stderr.close()
         if self.status is not None:
             self.process.wait()
+        # EPERM says that all that is left may not be signalled: a hook may have become another
+        # user, and this may be a service without CAP_KILL.
+        try:
+            os.killpg(self.process.pid, 0)
+        except ProcessLookupError:
+            pass
+        except PermissionError:
+            log("%s: what runs in process group %d as another user can't be ended, and is left",
+                self.name, self.process.pid)
 
 
 def signal_group(leader, number):
-    with contextlib.suppress(ProcessLookupError):
+    """Signals all of a process group that may be signalled."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(leader, number)
 
 
@@ -729,14 +997,28 @@ def judge(repo, status, stdout, said, late_after_s=None):
     elif status == 0:
         message = "" if match else "slave-activate did not say which commit is live"
     elif not words:
-        message = "slave-activate ended with exit status %s" % status
-    message = escape(message)[:MAX_MESSAGE_CHARS]
+        message = "slave-activate ended with exit status %d" % status
+    message = escape(USER_RE.sub("", message))[:MAX_MESSAGE_CHARS]
     # What had gone live before the time was up is live; 3 is a post-update hook that failed.
     is_good_end = status in (0, 3) or late_after_s
     if not match or not is_good_end:
         return {"state": "failed", "message": message}
     commit, previous = [None if text == "-" else text for text in match.groups()]
-    return {"state": "live", "message": message, "commit": commit, "previous": previous}
+    return {"state": "live", "message": message, "commit": commit, "previous": previous,
+            "hook": judge_hook(status, words)}
+
+
+def judge_hook(status, words):
+    """The exit status of a post-update hook that failed, or None: it did not, or there is none."""
+    if status == 0:
+        return None
+    # slave-activate says it, unless it was ended together with the hook.
+    match = HOOK_RE.match(words)
+    if match:
+        return int(match.group(1))
+    if status == 3:
+        return 1
+    return 128 - (status or -signal.SIGKILL)
 
 
 # -- guard: who may ask for what ---------------------------------------------
@@ -766,18 +1048,30 @@ class Guard:
     """Who may ask for what: by signature, address and repository. All checks raise Refusal."""
 
     def __init__(self, settings):
+        """OSError or ValueError where something that says who may can't be looked at."""
         self.settings = settings
         self.path = settings["SECRET_FILE"] or SECRET_FILE
         self.secrets = []
+        # One key's flood takes nothing from another key.
         self.nonces = {}  # {secret: its Nonces}
         if settings["SECRET_FILE"] or not is_absent(self.path):
             self.secrets = read_secrets(self.path)
 
+    def needs_signature(self):
+        """Reads the secrets afresh, for a change without a gap; whether there are any."""
+        try:
+            if not self.secrets and is_absent(self.path):
+                return False
+            self.secrets = read_secrets(self.path)
+        except ValueError:
+            pass  # those from before hold; where there were none, nobody has one that is right
+        except OSError as error:
+            raise Refusal(503, "can't read the secret: " + reason(error), RETRY_LATER)
+        return True
+
     def check_signature(self, values, method, target, now):
         """Only who knows the secret is told what is wrong with `values`, those of its header."""
-        with contextlib.suppress(OSError, ValueError):  # a secret never goes away by accident
-            self.secrets = read_secrets(self.path)
-        if not self.secrets and not os.path.exists(self.path):  # one that is no good: nobody may
+        if not self.needs_signature():
             return
         # Two signatures are as good as none: which of them would be meant?
         match = SIGNATURE_RE.fullmatch(values[0]) if len(values) == 1 else None
@@ -813,6 +1107,28 @@ class Guard:
             raise Refusal(403, "not an allowed repository")
 
 
+class Hook:
+    """The pre-update hook. Once there is one, no update goes without it."""
+
+    def __init__(self, folder):
+        """OSError where it can't be looked at; what a setting names must exist."""
+        if folder != SETTINGS["HOOKS_DIR"].default:
+            os.stat(folder)
+        self.path = os.path.join(folder, "pre-update")
+        self.is_there = not is_absent(self.path)
+
+    def check(self):
+        try:
+            is_gone = is_absent(self.path)
+        except OSError as error:
+            raise Refusal(503, "can't look at the pre-update hook: " + reason(error), RETRY_LATER)
+        # Who removes it on purpose has to say so, by a restart.
+        if is_gone and self.is_there:
+            raise Refusal(503, "the pre-update hook is gone; if that is meant, restart the slave",
+                          RETRY_LATER)
+        self.is_there = not is_gone
+
+
 # -- updater ------------------------------------------------------------------
 
 class Updater:
@@ -821,74 +1137,96 @@ class Updater:
     def __init__(self, settings, command):
         """What was queued or running when the slave ended is queued again; OSError: can't."""
         self.settings = settings
+        self.hook = Hook(settings["HOOKS_DIR"])
         self.command = command  # slave-activate's path
         self.repos = settings["REPOS_DIR"]
         self.journal = Journal(os.path.join(self.repos, ".server-update"))
         self.environ = dict(os.environ)
-        for key in ("BASE_URL", "REPOS_DIR", "HOOKS_DIR", "SUBMODULES"):
-            self.environ["SERVER_UPDATE_" + key] = settings[key]
-        self.stopping = threading.Event()
+        for key in ("BASE_URL", "REPOS_DIR", "HOOKS_DIR", "SUBMODULES", "TIMEOUT"):
+            self.environ["SERVER_UPDATE_" + key] = str(settings[key])
+        self.told_to_stop = False  # set by a signal's handler, which may take no lock
         self.lock = threading.Lock()  # for the next two
         self.queued = {}  # {repo: True}, who has waited longest first
-        self.running = {}  # {repo: its thread}
+        self.running = set()  # repositories
         for repo in sorted(self.journal.records):
             self.take_up(repo)
 
     def take_up(self, repo):
-        """Queues what was queued or running when the slave ended."""
-        records = self.journal.records[repo]
-        if records.running:
-            records = self.record(repo, Records.interrupt, time.time())
+        """Queues what was queued or running when the slave ended; OSError: it can't be read."""
+        records = self.journal.records.get(repo)
+        if not records or records.running:
+            records = self.record(repo, Records.resume, time.time())
         if records.queued:
             log("%s: update %d is taken up again", repo, records.queued.update)
-            self.queued[repo] = True
+            with self.lock:
+                self.queued[repo] = True
 
     def record(self, repo, method, *args):
         """Changes the records of a repository, in memory even where they can't be written."""
         return self.journal.commit(repo, method, *args, is_forced=True)
 
-    def take_signal(self, repo, ref, peer):
+    def take_signal(self, repo, ref, asked, peer):
         """Queues an update; its record, which is on disk then, or a Refusal."""
-        if self.stopping.is_set():
+        if self.told_to_stop:
             raise Refusal(503, "this slave is stopping", RETRY_LATER)
         if repo not in self.queued and len(self.queued) >= MAX_QUEUED:
             raise Refusal(503, "too many updates are queued", RETRY_LATER)
+        self.hook.check()
         try:
-            records = self.journal.commit(repo, Records.accept, repo, ref, time.time())
+            records = self.journal.commit(repo, Records.accept, repo, ref, time.time(), asked)
         except OSError as error:
-            raise Refusal(503, "can't record the update: %s" % error.strerror, RETRY_LATER)
-        log("%s: update %d was asked for by %s", repo, records.queued.update, peer)
+            raise Refusal(503, "can't record the update: " + reason(error), RETRY_LATER)
+        record = records.queued
+        why = ", ".join(filter(None, (peer, record.by, record.note)))
+        log("%s: update %d was asked for by %s", repo, record.update, why)
         with self.lock:
             self.queued[repo] = True
         self.start_queued()
-        return records.queued
+        return record
+
+    def waiting(self):
+        """What can start now, who has waited longest first."""
+        repos = [repo for repo in self.queued if repo not in self.running]
+        if self.told_to_stop:
+            return []
+        return repos[:MAX_RUNNING - len(self.running)]
 
     def start_queued(self):
-        """Starts what has waited longest, as far as there is room; the rest stays queued."""
+        """Starts threads for what can start now; where there are none, tend() comes again."""
         with self.lock:
-            for repo in [repo for repo in self.queued if repo not in self.running]:
-                if len(self.running) >= MAX_RUNNING or self.stopping.is_set():
-                    return
-                # Each update has a thread, which waits for a process most of the time.
-                thread = threading.Thread(target=self.run_update, args=(repo,), daemon=True)
-                try:
-                    thread.start()
-                except RuntimeError:  # too many threads: service_actions comes again
-                    return
-                self.running[repo] = thread
-                del self.queued[repo]
+            count = len(self.waiting())
+        with contextlib.suppress(RuntimeError, MemoryError):
+            for _ in range(count):
+                start_thread(self.run_next)
+
+    def run_next(self):
+        """A thread: runs an update, if there still is one that can start."""
+        with self.lock:
+            # Another thread may have taken what this one was started for.
+            waiting = self.waiting()
+            if not waiting:
+                return
+            repo = waiting[0]
+            del self.queued[repo]
+            self.running.add(repo)
+        self.run_update(repo)
 
     def run_update(self, repo):
         """Runs what is queued of a repository to its end, whatever goes wrong with it."""
+        queued = self.journal.records[repo].queued
         try:
-            if self.journal.records[repo].queued:
+            if queued:
                 self.activate(repo)
+        except Refusal as refusal:
+            self.end_update(repo, {"state": "failed", "message": refusal.args[1]})
         except Exception as error:
-            log("%s: the update can't go on: %r", repo, error)
-            self.end_update(repo, {"state": "failed", "message": "can't go on: %r" % error})
+            # Whatever it is, who waits must hear of an end.
+            message = "the update can't go on: %r" % error
+            log("%s: %s", repo, message)
+            self.record(repo, Records.give_up, queued.update, message, time.time())
         finally:
             with self.lock:
-                del self.running[repo]
+                self.running.discard(repo)
             self.start_queued()
 
     def activate(self, repo):
@@ -896,9 +1234,14 @@ class Updater:
         live = read_live_commit(os.path.join(self.repos, repo))
         record = self.record(repo, Records.start, live, time.time()).running
         log("%s: update %d starts, ref %s", repo, record.update, record.ref or "not given")
-        command = [self.command, repo]
+        # It may have vanished while this update was queued.
+        self.hook.check()
+        command = [self.command]
+        if record.pin:
+            command.extend(["--commit", record.pin])
+        command.append(repo)
         if record.ref:
-            command.append(record.ref)
+            command.append(record.ref.encode("utf-8"))  # whatever the locale can encode
         try:
             run = Run(repo, command, self.environ)
         except OSError as error:
@@ -907,7 +1250,7 @@ class Updater:
         try:
             # Its outcome is on disk before what it left is killed: that may take a while.
             timeout_s = self.settings["TIMEOUT"]
-            why = run.wait(timeout_s, self.stopping)
+            why = run.wait(timeout_s, self.is_stopping)
             run.end_rest()
             if why == "stop" and run.status != 0:
                 self.record(repo, Records.stop)
@@ -926,18 +1269,46 @@ class Updater:
         done = self.record(repo, Records.finish, changes, time.time()).ended[-1]
         message = done.message and ": " + done.message
         log("%s: update %d %s after %.1f s, live is %s%s", repo, done.update, done.state,
-            done.finished - done.started, done.commit, message)
+            done.finished - done.started, done.commit or "nothing", message)
+        if done.state == "failed":
+            self.forget_oldest()
+
+    def has_tree(self, repo):
+        return os.path.lexists(os.path.join(self.repos, repo))
+
+    def forget_oldest(self):
+        """Forgets the oldest of too many repositories that have no tree: any name makes one."""
+        records = self.journal.records.copy()
+        if len(records) <= MAX_WITHOUT_TREE:
+            return
+        without = [repo for repo in records if not self.has_tree(repo)]
+        # The newest ones stay: somebody may still ask how they ended.
+        without.sort(key=lambda repo: records[repo].newest().requested)
+        for repo in without[:-MAX_WITHOUT_TREE]:
+            self.record(repo, Records.forget)
+
+    def forget_removed(self, repo):
+        """Forgets a repository whose tree and record somebody has removed."""
+        is_known = repo in self.journal.records
+        if is_known and not self.has_tree(repo) and not os.path.lexists(self.journal.path(repo)):
+            self.record(repo, Records.forget)
 
     def tend(self):
         """Called twice a second: starts what could not be started before, or sees to the end."""
+        for repo in self.journal.unread.copy():
+            with contextlib.suppress(OSError):
+                self.take_up(repo)
         self.start_queued()
-        if self.stopping.is_set():
+        if self.told_to_stop:
             with self.journal.changed:
                 self.journal.changed.notify_all()  # who waits for an end hears how it is
 
+    def is_stopping(self):
+        return self.told_to_stop
+
     def has_stopped(self):
         """Whether it was told to stop, and no update runs any more."""
-        return self.stopping.is_set() and not self.running
+        return self.told_to_stop and not self.running
 
     def find(self, repo, update):
         records = self.journal.records.get(repo, Records())
@@ -947,22 +1318,84 @@ class Updater:
         """Blocks until an update has ended or the slave stops, `wait_s` at most."""
         def has_ended():
             record = self.find(repo, update)
-            return not record or record.finished or self.stopping.is_set()
+            return not record or record.finished or self.told_to_stop
         with self.journal.changed:
             self.journal.changed.wait_for(has_ended, wait_s)
 
     def status(self, repo, update=0):
         """What /status tells of an update, or of the newest one; None where there is none."""
+        self.forget_removed(repo)
         record = self.find(repo, update)
         if not record:
             return None
-        told = dict(zip(TOLD, record))
-        if record == self.journal.records[repo].newest():
-            tree = os.path.join(self.repos, repo)
-            live = read_live_commit(tree)  # somebody may have put it live by hand
-            if live or not os.path.exists(tree):
-                told["commit"] = live
-        return told
+        if record == self.find(repo, 0):
+            # Somebody may have put another commit live by hand, or removed the tree.
+            record = record._replace(commit=read_live_commit(os.path.join(self.repos, repo)))
+        return told(record)
+
+    def history(self, repo):
+        """What /status tells of all updates of a repository that are remembered, newest first."""
+        records = self.journal.records.get(repo, Records())
+        return [told(record) for record in reversed(records.all())]
+
+
+# -- served file ------------------------------------------------------------------
+
+def find_clone(path, repos):
+    """The clone in `repos` that a path leads into first, by links too; None if into none."""
+    # Step by step, as a link in the clone itself must not be followed here.
+    here = "/"
+    parts = path.split("/")
+    for _ in range(1000):  # links may go round in a circle
+        if not parts:
+            break
+        here = os.path.normpath(os.path.join(here, parts.pop(0)))
+        if os.path.dirname(here) == repos:
+            return here
+        if os.path.islink(here):
+            target = os.readlink(here)
+            here = os.path.dirname(here)
+            if target.startswith("/"):
+                here = "/"
+            parts = target.split("/") + parts
+    return None
+
+
+class ServedFile:
+    """The file of the command line, opened freshly each time."""
+
+    def __init__(self, path, repos):
+        """ValueError where it can't be one."""
+        self.path = os.path.abspath(path)
+        self.repos = os.path.realpath(repos)
+        if os.path.isdir(self.path):
+            raise ValueError("'%s' is a folder, not a file to serve" % self.path)
+
+    def open(self):
+        """The open file; Refusal where there is none, or none that may be shown."""
+        try:
+            return self.open_regular()
+        except PermissionError:
+            raise Refusal(403, "the served file may not be read by the slave's user")
+        except OSError:
+            raise Refusal(404, "the served file does not exist now")
+
+    def open_regular(self):
+        """Opens it; where it lies in a clone, no link of that clone leads out of it."""
+        clone = find_clone(self.path, self.repos)
+        for _ in range(3):
+            # Opened so, nothing happens to a device or a FIFO, and nothing is waited for.
+            handle = os.open(self.path, os.O_PATH)
+            try:
+                if not stat.S_ISREG(os.fstat(handle).st_mode):
+                    raise FileNotFoundError("not a file")
+                name = "/proc/self/fd/%d" % handle
+                if not clone or os.readlink(name).startswith(os.path.realpath(clone) + "/"):
+                    return open(name, "rb")
+            finally:
+                os.close(handle)
+            # It may be of the old clone, which has just been exchanged for a new one.
+        raise FileNotFoundError("it leads out of its clone")
 
 
 # -- handler: one connection ----------------------------------------------------
@@ -989,8 +1422,11 @@ class HeaderReader:
             raise Refusal(431 if self.lines else 414, "request line or header too long")
         if not line.endswith(b"\n") and (line or self.lines):
             raise ConnectionAbortedError("cut off in the middle of a header")
-        if self.lines and not line.strip(b"\r\n"):
+        if self.lines and line in (b"\r\n", b"\n"):
             self.is_inside = False
+        elif self.lines and not HEADER_LINE_RE.fullmatch(line):
+            # http.client would drop it with all that follow, and so take a body for a request.
+            raise Refusal(400, "malformed header")
         self.lines += 1
         return line
 
@@ -1002,15 +1438,17 @@ def has_repo(query):
     return re.search("(^|&)repo(=|&|$)", query) is not None
 
 
-def is_whole(text):
-    return re.fullmatch("[0-9]{1,15}", text) is not None
-
-
-def is_seconds(text):
-    return re.fullmatch(r"[0-9]{1,15}(\.[0-9]+)?", text) is not None
-
-
-PARAMETERS = {"repo": is_repo_name, "ref": is_ref, "update": is_whole, "wait": is_seconds}
+PARAMETERS = {
+    "repo": is_repo_name,
+    "ref": is_ref,
+    "commit": re.compile("(?i)" + HASH_RE.pattern).fullmatch,
+    "by": is_note,
+    "note": is_note,
+    "via": VIA_RE.fullmatch,
+    "update": re.compile("[0-9]{1,15}").fullmatch,
+    "wait": re.compile(r"[0-9]{1,15}(\.[0-9]+)?").fullmatch,
+    "history": re.compile("[01]").fullmatch,
+}
 
 
 def parse_query(query):
@@ -1042,8 +1480,13 @@ class Handler(http.server.SimpleHTTPRequestHandler):
     rbufsize = 512  # small, as there may be MAX_CONNECTIONS of them
     wbufsize = 2048  # one write an answer
 
-    # What a connection is at, those first that give way first to a new one: see Server.drop_one.
-    READING, SENDING, FOLLOWING, ANSWERING = range(4)
+    # What a connection is at; those that wait for their peer give way first: see Server.drop_one.
+    READING = "reading"
+    SENDING = "sending"
+    FOLLOWING = "following"
+    ANSWERING = "answering"
+    DROPPED = "dropped"
+    GIVES_WAY = {READING: 0, SENDING: 0, FOLLOWING: 1, ANSWERING: 2, DROPPED: 3}
 
     def setup(self):
         if self.server.tls:
@@ -1060,11 +1503,15 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         self.stage = stage
         self.since = time.monotonic()
 
+    def gives_way(self):
+        """What connections are sorted by: the first one gives way to a new one."""
+        return self.GIVES_WAY[self.stage], self.since
+
     def finish(self):
         """Closes the connection; what its peer still sends comes first: else it gets no answer."""
         self.enter(self.READING)
         try:
-            # What is left in the buffer goes out here.
+            # What is left in the buffer goes out here, or raises where the peer has gone.
             super().finish()
             # Input that is unread at the close makes the kernel drop what is still to be sent.
             socket.socket.shutdown(self.request, socket.SHUT_WR)
@@ -1079,6 +1526,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
     def drop(self):
         """Ends the connection, from any thread."""
+        self.enter(self.DROPPED)
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self.request, socket.SHUT_RDWR)  # not ssl's: another thread
 
@@ -1095,8 +1543,8 @@ class Handler(http.server.SimpleHTTPRequestHandler):
     def refuse(self, status, text, *headers):
         if self.rfile.is_inside:  # what comes next is no request
             self.close_connection = True
-        log("refused with %d from %s: %s: %s", status, self.client_address[0], text,
-            self.requestline[:200])
+        self.server.throttle.log("refused with %d from %s: %s: %s", status,
+                                 self.client_address[0], text, self.requestline[:200])
         self.send(status, {"error": text}, *headers)
         self.wfile.flush()
 
@@ -1153,25 +1601,31 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         else:
             raise Refusal(404, "no such path")
 
-    def answer_signal(self, repo=None, ref=None, **_):
+    def check_no_page(self):
+        """A web page may not start anything, not even one that somebody on this network reads."""
+        # Browsers say none where somebody has typed the address.
+        sites = self.headers.get_all("Sec-Fetch-Site", ["none"])
+        if "Origin" in self.headers or sites != ["none"]:
+            raise Refusal(403, "a web page may not start an update")
+
+    def answer_signal(self, repo=None, ref=None, commit=None, by=None, note=None, via=None, **_):
+        """Starts an update."""
         if self.command != "GET":
             raise Refusal(405, "only GET starts an update", ("Allow", "GET"))
         if repo is None:
             raise Refusal(400, "no 'repo'")
-        peer = self.client_address[0]
-        record = self.server.updater.take_signal(repo, ref, peer)
+        self.check_no_page()
+        asked = {"pin": commit and commit.lower(), "by": by, "note": note, "via": via}
+        record = self.server.updater.take_signal(repo, ref, asked, self.client_address[0])
         told = {key: getattr(record, key) for key in ("repo", "update", "state", "ref")}
         location = "/status?repo=%s&update=%d" % (repo, record.update)
         self.send(202, told, ("Location", location))
 
-    def answer_status(self, repo=None, update="0", wait="0", **_):
+    def answer_status(self, repo=None, update="0", wait="0", history="0", **_):
         """One repository's record, once it has ended or `wait` seconds are over; or all."""
         updater = self.server.updater
         if repo is None:
-            # A copy, as the journal goes on meanwhile.
-            names = sorted(updater.journal.records.copy())
-            repos = {name: updater.status(name) for name in names}
-            self.send(200, {"version": VERSION, "repos": repos})
+            self.send(200, self.all_status())
             return
         self.enter(self.FOLLOWING)
         update = int(update)
@@ -1179,28 +1633,54 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         told = updater.status(repo, update)
         if not told:
             raise Refusal(404, "no such update was asked for here")
+        if history == "1":
+            told = {"repo": repo, "updates": updater.history(repo)}
         self.send(200, told)
 
-    def answer_front(self, path):
+    def all_status(self):
+        """What is told of all repositories; in short of those with nothing live, if it is much."""
+        updater = self.server.updater
+        # A copy, as the journal goes on meanwhile.
+        names = sorted(updater.journal.records.copy())
+        repos = {name: updater.status(name) for name in names}
+        repos = {name: record for name, record in repos.items() if record}
+        # Strangers may have asked for a thousand names, each with a long note.
+        if len(json.dumps(repos)) > MAX_STATUS_BYTES:
+            for record in repos.values():
+                if not record["commit"]:
+                    record.update(message="", by=None, note=None)
+        return {"version": VERSION, "repos": repos}
+
+    def answer_front(self, served):
         """The served file, or where there is none a word about what this is."""
-        if not path:
+        if not served:
             self.send(200, "a server-update slave: /?repo=NAME starts an update")
             return
-        if not os.path.isfile(path):
-            raise Refusal(404, "the served file does not exist now")
-        if not os.access(path, os.R_OK):
-            raise Refusal(403, "the served file may not be read by the slave's user")
-        # Should the file grow, what is too much is not read.
-        self.close_connection = True
-        self.enter(self.SENDING)
+        with served.open() as file:
+            # Should the file grow, what is too much is not read.
+            self.close_connection = True
+            self.enter(self.SENDING)
+            # http.server answers for this very file, whatever its name leads to by now.
+            self.path = "/proc/self/fd/%d" % file.fileno()
+            self.send_file()
+
+    def send_file(self):
+        """Sends a file at any speed its peer has, as long as it takes something now and then."""
         file = self.send_head()
-        if file:
-            with file:
-                if self.command == "GET":
-                    shutil.copyfileobj(file, self.wfile)
+        if not file:
+            return
+        with file:
+            part = self.command == "GET" and file.read(65536)
+            while part:
+                self.wfile.write(part)
+                self.enter(self.SENDING)
+                part = file.read(65536)
 
     def translate_path(self, path):
-        return self.server.served_file
+        return path
+
+    def guess_type(self, path):
+        return super().guess_type(self.server.served_file.path)
 
     def send(self, status, value, *headers):
         """Sends a whole answer: a text, or anything else as JSON."""
@@ -1237,7 +1717,6 @@ class Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
     allow_reuse_port = False  # a second slave on the same port is a mistake
     request_queue_size = 1024
-    server_bind = http.server.socketserver.TCPServer.server_bind  # HTTPServer's looks up a name
 
     def __init__(self, updater, guard, served_file):
         """Listens; OSError or ValueError where it can't, or where the certificate is no good."""
@@ -1249,6 +1728,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.idle = threading.Semaphore(0)  # threads that wait for one
         self.handlers = set()
         self.tended = 0  # when late connections were last looked for
+        self.throttle = Throttle()  # of what strangers cause
         self.read_certificate()
         port = updater.settings["PORT"]
         address = str(updater.settings["BIND"] or any_address())
@@ -1259,6 +1739,12 @@ class Server(http.server.ThreadingHTTPServer):
         except OSError as error:
             raise OSError("can't listen on port %d of %s: %s (see PORT and BIND)" % (
                 port, address, error.strerror))
+
+    def server_bind(self):
+        """Binds for IPv4, too, whatever the host's bindv6only; HTTPServer's looks up a name."""
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        http.server.socketserver.TCPServer.server_bind(self)
 
     def read_certificate(self, *_):
         """Makes ready for TLS, where a certificate is set; the old one stays if it is no good."""
@@ -1288,18 +1774,34 @@ class Server(http.server.ThreadingHTTPServer):
         for handler in list(self.handlers):
             if handler.stage == Handler.READING and now > handler.since + HEADER_TIMEOUT_S:
                 handler.drop()
+        self.throttle.tell()
         self.updater.tend()
         if self.updater.has_stopped():
             raise Stopped
 
+    def get_request(self):
+        """Accepts a connection; where the host is short of something, one less and later."""
+        try:
+            return super().get_request()
+        except (OSError, MemoryError) as error:
+            if isinstance(error, MemoryError) or error.errno in SHORTAGES:
+                self.throttle.log("can't accept a connection: %s", error or "no memory")
+                self.drop_one()
+                time.sleep(SHORTAGE_PAUSE_S)
+            raise OSError("no connection")
+
     def process_request(self, request, client_address):
         """Has a thread serve a new connection."""
         # There is always room for a new one, or silent ones could shut everybody out.
-        if len(self.handlers) >= MAX_CONNECTIONS:
+        room = max_connections() - len(self.handlers) - self.accepted.qsize()
+        if room <= 0:
             self.drop_one()
+        # Those that were dropped are closed by their threads, which may need a moment for it.
+        if room < -SPARE_FILES:
+            time.sleep(POLL_S)
         # To start a thread costs half an answer, so those that have served one wait for another.
         if not self.idle.acquire(blocking=False):
-            threading.Thread(target=self.serve_accepted, daemon=True).start()
+            start_thread(self.serve_accepted)
         # A socket for both families says ::ffff:192.0.2.1 for an address of IPv4.
         address = MAPPED_RE.sub("", client_address[0])
         self.accepted.put((request, (address, client_address[1])))
@@ -1315,9 +1817,9 @@ class Server(http.server.ThreadingHTTPServer):
 
     def drop_one(self):
         """Ends the connection that can best be spared: who has waited longest for its peer."""
-        handlers = list(self.handlers)
-        # Within a stage it is who has been in it longest.
-        min(handlers, key=lambda handler: (handler.stage, handler.since)).drop()
+        handlers = sorted(self.handlers, key=Handler.gives_way)
+        for handler in handlers[:1]:
+            handler.drop()
 
     def serve_accepted(self):
         """Serves one connection after the other, until none comes for IDLE_S."""
@@ -1328,7 +1830,8 @@ class Server(http.server.ThreadingHTTPServer):
                 if self.idle.acquire(blocking=False):
                     return  # nobody counts on this thread
                 continue
-            self.process_request_thread(request, client_address)
+            with contextlib.suppress(Exception):  # no memory, not even to say so
+                self.process_request_thread(request, client_address)
             # After a crowd, so many idle threads would keep much memory.
             if len(self.handlers) > MAX_CONNECTIONS // 8:
                 return
@@ -1338,7 +1841,16 @@ class Server(http.server.ThreadingHTTPServer):
         """What a connection ended with: mostly its peer's doing, which is nobody's concern."""
         error = sys.exc_info()[1]
         if not isinstance(error, OSError) or isinstance(error, ssl.SSLError):
-            log("connection of %s: %r", client_address[0], error)
+            self.throttle.log("connection of %s: %r", client_address[0], error)
+
+
+def max_connections():
+    """So many connections that files are left for all else."""
+    # The limit may be changed from outside at any time.
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if files == resource.RLIM_INFINITY:
+        return MAX_CONNECTIONS
+    return max(1, min(MAX_CONNECTIONS, files - RESERVED_FILES))
 
 
 def any_address():
@@ -1362,8 +1874,9 @@ def find_slave_activate():
 
 def stop_on_signals(updater):
     def stop(*_):
+        # One signal may come in the midst of another: a lock would be waited for for ever.
         log("stopping")
-        updater.stopping.set()
+        updater.told_to_stop = True
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
 
@@ -1372,9 +1885,9 @@ def serve(options):
     """Serves until SIGTERM or SIGINT; OSError or ValueError where it can't start."""
     settings = read_settings(os.environ, options)
     guard = Guard(settings)
-    served_file = options["FILE"] and os.path.abspath(options["FILE"])
-    if served_file and os.path.isdir(served_file):
-        raise ValueError("'%s' is a folder, not a file to serve" % served_file)
+    served_file = None
+    if options["FILE"]:
+        served_file = ServedFile(options["FILE"], settings["REPOS_DIR"])
     command = find_slave_activate()
     # glibc keeps 40 MB of stacks that were used: better a few large ones.
     threading.stack_size(2 << 20)
@@ -1389,10 +1902,65 @@ def serve(options):
     log("clones go live in %s, by %s", settings["REPOS_DIR"], command)
     log("listening on port %d (%s%s)", server.server_address[1],
         settings["BIND"] or "all addresses", ", TLS" if server.tls else "")
-    with contextlib.suppress(Stopped):
-        # Signals end it by way of service_actions, once no update runs.
-        server.serve_forever()
-    server.finish_answers()
+    serve_until_stopped(server)
+
+
+def serve_until_stopped(server):
+    """Serves until service_actions says that no update runs any more, whatever happens."""
+    while True:
+        try:
+            server.serve_forever()
+        except Stopped:
+            server.finish_answers()
+            return
+        except Exception as error:  # no memory, say: for one connection, not for all
+            server.throttle.log("the loop begins again after %r", error)
+            time.sleep(SHORTAGE_PAUSE_S)
+
+
+def open_standard_files():
+    """Opens those that are closed, lest a connection become what the log is written to."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the first free number, which is this one
+            os.set_inheritable(number, True)
+
+
+def serve_or_say(options):
+    """Serves, or says why it can't; the exit status."""
+    try:
+        serve(options)
+    except (OSError, ValueError) as error:
+        name = getattr(error, "filename", None)
+        text = "can't use '%s': %s" % (name, error.strerror) if name else str(error)
+        print("slave.py: %s" % text, file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+    return 0
+
+
+def be_process_1(options):
+    """As process 1 of a container: has a child serve, passes signals on, reaps what it inherits.
+
+    Returns the child's exit status. Nothing else may wait for just any process."""
+    passed_on = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    signal.pthread_sigmask(signal.SIG_BLOCK, passed_on)
+    child = os.fork()
+    if child == 0:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, passed_on)
+        return serve_or_say(options)
+
+    def pass_on(number, _):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, number)
+    for number in passed_on:
+        signal.signal(number, pass_on)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, passed_on)
+    while True:
+        pid, status = os.wait()
+        if pid == child:
+            return os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
 
 
 def make_parser():
@@ -1413,15 +1981,11 @@ def make_parser():
 
 def main(argv=None):
     """Does what the command line says; returns the exit status."""
+    open_standard_files()
     options = vars(make_parser().parse_args(argv))
-    try:
-        serve(options)
-    except (OSError, ValueError) as error:
-        name = getattr(error, "filename", None)
-        text = "can't use '%s': %s" % (name, error.strerror) if name else str(error)
-        print("slave.py: %s" % text, file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
-    return 0
+    if os.getpid() == 1:
+        return be_process_1(options)
+    return serve_or_say(options)
 
 
 if __name__ == "__main__":

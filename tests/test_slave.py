@@ -10,6 +10,7 @@ import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from signal import SIGINT, SIGTERM
 
 import pytest
 from processes import processes_below, rss_kib, wait_until
@@ -271,6 +272,12 @@ def test_states_and_the_long_poll(start_slave, upstream):
         "commit",
         "previous",
         "message",
+        "pin",
+        "hook",
+        "beneath",
+        "beneath_bad",
+        "by",
+        "note",
     ]
     second = slave.signal()
     assert slave.json("/status?repo=hanuman")["state"] == "queued"
@@ -304,7 +311,8 @@ def test_unknown_updates_are_404(start_slave, upstream):
     assert slave.json("/status?repo=hanuman&wait=9", status=404) == error
     update = slave.wait_update()["update"]
     assert slave.json("/status?repo=hanuman&update=%d&wait=9" % (update + 1), status=404) == error
-    assert slave.json("/status?repo=hanuman&update=1")["update"] == update
+    assert slave.json("/status?repo=hanuman&update=1", status=404) == error
+    assert slave.json("/status?repo=hanuman&update=%d" % update)["update"] == update
     assert slave.json("/get", status=400) == {"error": "no 'repo'"}
     assert slave.json("/nowhere", status=404) == {"error": "no such path"}
 
@@ -455,6 +463,16 @@ def test_sigterm_stops_cleanly_and_the_next_start_resumes(start_slave, upstream)
     slave.start()
     record = slave.wait_update(update=update)
     assert (record["state"], record["commit"]) == ("live", repo.head())
+
+
+def test_signals_in_the_midst_of_signals_stop_it_as_well(start_slave):
+    """As a terminal and a script send them, to all of a group and then to each of it."""
+    slave = start_slave()
+    for _ in range(5):
+        for number in [SIGINT, SIGTERM] * 20:
+            slave.process.send_signal(number)
+        assert slave.stop(timeout=10) == 0
+        slave.start()
 
 
 def test_signals_while_stopping_are_503(start_slave, upstream):

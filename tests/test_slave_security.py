@@ -173,10 +173,18 @@ def test_the_secret_changes_without_a_gap(signed_slave, tmp_path):
         make_secret(secret, *lines)
         answers.append((ask(signed_slave, secret=current)[0], ask(signed_slave)[0]))
     assert answers == [(202, 202), (202, 202), (202, 401)]
-    for spoil in (lambda: secret.write_text(""), lambda: secret.chmod(0o644), secret.unlink):
+    for spoil in (lambda: secret.write_text(""), lambda: secret.chmod(0o644)):
         spoil()
         assert ask(signed_slave, secret=OTHER)[0] == 202, "the good secret from before holds"
         assert signed_slave.get("/?repo=hanuman")[0] == 401, "and never nothing at all"
+    secret.unlink()
+    for answer in (ask(signed_slave, secret=OTHER), signed_slave.get("/?repo=hanuman")):
+        assert answer[0] == 503, "one that vanishes is refused to all"
+        assert json.loads(answer[2].decode()) == {
+            "error": "can't read the secret: No such file or directory"
+        }
+    make_secret(secret, OTHER)
+    assert ask(signed_slave, secret=OTHER)[0] == 202
 
 
 @pytest.mark.parametrize(
