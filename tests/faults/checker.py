@@ -11,6 +11,7 @@ from processes import processes_below, wait_until
 
 ENDED = ("live", "failed")
 STATE_FILES = {REPO + ".json", REPO + ".lock"}
+TRASH = "trash"  # has what could not be removed, until it can be
 LISTENS = "0A"  # in /proc/net/tcp
 CALM_S = 30  # the time in which everything under way has ended once the faults are over
 
@@ -126,7 +127,12 @@ def check_left_behind(slave):
     """Nothing else in the folders, no temporary file, no lock held, no two updates at once."""
     for folder, allowed in ((slave.repos, {REPO, ".server-update"}), (slave.state, STATE_FILES),
                             (slave.tmp, set())):
+        if not folder.exists():
+            yield "there is no %s" % folder.name
+            return
         extra = set(os.listdir(str(folder))) - allowed - {REPO + ".json.broken"}
+        if TRASH in extra and not os.listdir(str(folder / TRASH)):
+            extra.discard(TRASH)
         if extra:
             yield "left in %s: %s" % (folder.name, sorted(extra))
     with open(str(slave.state / (REPO + ".lock"))) as lock:
@@ -136,6 +142,13 @@ def check_left_behind(slave):
             yield "the repository's lock is still held"
     if ["overlap"] in slave.journal()[slave.journal_before:]:
         yield "two updates ran at once"
+
+
+def check_volume(slave):
+    """Nothing that is mounted in the tree was touched."""
+    names = os.listdir(str(slave.volume))
+    if names != ["precious"] or not (slave.volume / "precious").read_text():
+        yield "the volume in the tree is no longer as it was: %s" % names
 
 
 def sockets_of(pid):
@@ -187,7 +200,8 @@ def check_master(fleet, master, status):
 
 def check_slave(fleet, slave, since, excused):
     """All that must hold of one slave that is at rest."""
-    checks = [check_accepted(fleet, slave, since, excused), check_left_behind(slave)]
+    checks = [check_accepted(fleet, slave, since, excused), check_left_behind(slave),
+              check_volume(slave)]
     if slave.tree.exists():
         checks.append(check_tree(fleet, slave))
     log = slave.log()

@@ -15,6 +15,8 @@ from upstream import HttpUpstream, Upstream
 
 HERE = Path(__file__).resolve().parent
 REPO = "site"
+VOLUME = "uploads"  # in the live tree
+FEW_FILES = 40
 SMALL_DISK_BYTES = 4 * 1024 * 1024
 MASTER_OPTIONS = ["--json", "--timeout", "12", "--connect-timeout", "1", "--retries", "1"]
 CLEAN_OPTIONS = ["--json", "--timeout", "40"]
@@ -70,9 +72,11 @@ class History:
 class FleetSlave(Slave):
     """A slave with a journal, a proxy, a clock that can be wrong and maybe a small disk."""
 
-    def __init__(self, folder, base_url, loop, small_disk=False, sources=SOURCES):
+    def __init__(self, folder, base_url, loop, small_disk=False, minds_rights=False,
+                 max_files=None, sources=SOURCES):
         folder.mkdir()
         self.folder, self.disk = folder, None
+        self.minds_rights = minds_rights  # root has none of its powers there: rights hold for it
         settings = {"BASE_URL": base_url, "TIMEOUT": 20}
         if small_disk:
             self.disk = folder / "disk"
@@ -85,6 +89,14 @@ class FleetSlave(Slave):
         self.tmp.mkdir()
         self.env["TMPDIR"] = str(self.tmp)
         self.command[2:2] = [str(HERE / "clock.py"), str(self.clock)]
+        if minds_rights:
+            self.command[:0] = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"]
+        if max_files:
+            limit = 'ulimit -n %d; exec "$@"' % max_files
+            self.command[:0] = ["sh", "-c", limit, "sh"]
+        self.volume = folder / "volume"  # is mounted in the live tree by a fault
+        self.volume.mkdir()
+        (self.volume / "precious").write_text("nobody's to remove\n")
         for name, text in (("pre-update", PRE_UPDATE), ("post-update", POST_UPDATE)):
             hook = self.hooks / name
             hook.write_text(text.format(folder=folder))
@@ -111,10 +123,20 @@ class FleetSlave(Slave):
 
     def close(self):
         """End it with all that belongs to it."""
+        self.unmount_volume()
         self.proxy.close()
         stop_for_good(self)
         if self.disk:
             subprocess.call(["umount", "-l", str(self.disk)])
+
+
+    def unmount_volume(self):
+        """Take the volume away, wherever the tree that it was mounted in has gone meanwhile."""
+        with open("/proc/self/mountinfo") as lines:
+            places = [line.split()[4] for line in lines]
+        for place in places:
+            if place.startswith(str(self.folder) + "/") and place.endswith("/" + VOLUME):
+                subprocess.call(["umount", "-l", place], stderr=subprocess.DEVNULL)
 
 
 class Master:
@@ -169,11 +191,14 @@ class Fleet:
         self.loop = ProxyLoop()
         self.bin = copy_scripts(sources, self.folder / "master", "server-update")
         self.slaves = []
-        self.has_small_disk = os.getuid() == 0 and shutil.which("mount") is not None
+        self.is_root = os.getuid() == 0 and shutil.which("setpriv") is not None
+        self.has_small_disk = self.is_root and shutil.which("mount") is not None
         for number in range(size):
-            small = self.has_small_disk and number == 0
-            self.slaves.append(FleetSlave(self.folder / ("slave-%02d" % number), self.http.url,
-                                          self.loop, small, sources))
+            self.slaves.append(FleetSlave(
+                self.folder / ("slave-%02d" % number), self.http.url, self.loop,
+                small_disk=self.has_small_disk and number == 0,
+                minds_rights=self.is_root and number % 3 == 1,
+                max_files=FEW_FILES if number == 2 else None, sources=sources))
         self.by_entry = {slave.proxy.entry: slave for slave in self.slaves}
         self.slavelist = self.folder / "slavelist.txt"
         self.slavelist.write_text("".join(entry + "\n" for entry in self.by_entry))

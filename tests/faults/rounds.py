@@ -4,12 +4,13 @@ import signal
 import time
 
 from checker import Reader, Violation, check_clean_run, check_master, check_slave, wait_for_calm
-from schedule import FAULTS, make_schedule, restart
+from schedule import FAULTS, give_back, make_schedule, restart
 
 EVENTS = 12
 SPREAD_S = 1.5
 # Faults after which an update of that slave may honestly end as failed; break_upstream: of any.
-EXCUSES = {"kill_a_child", "kill_slave", "kill_everything", "edit_times", "break_record"}
+EXCUSES = {"kill_a_child", "kill_slave", "kill_everything", "edit_times", "break_record",
+           "mount_volume", "hide_record", "remove_state", "limit_files"}
 
 
 def run_events(fleet, events):
@@ -39,6 +40,8 @@ def mend_everything(fleet):
     for slave in fleet.slaves:
         slave.proxy.mode = None
         slave.clock.write_text("0")
+        slave.unmount_volume()
+        give_back(slave)
         restart(slave)
 
 

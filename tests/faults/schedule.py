@@ -9,14 +9,20 @@ import http.client
 import json
 import os
 import random
+import resource
+import shutil
 import signal
+import socket
+import subprocess
 import time
 from collections import namedtuple
 
+from fleet import FEW_FILES, VOLUME
 from processes import kill, processes_below
 
 # at: seconds from the round's start; slave: its index
 Event = namedtuple("Event", "at kind slave lasts seed")
+OTHER_USER = 12345
 GARBAGE = [b"", b"{", b"\0" * 200, b"[]", b"null", b"\xff\xfe", b"[" * 5000, b'{"repo": 1}',
            b'{"repo": "site", "update": "x"}']
 
@@ -164,6 +170,88 @@ def leave_rubbish(fleet, slave, rng):
         (slave.tree / ".git" / "shallow.lock").write_bytes(b"")
 
 
+# -- what other programs of the host do -----------------------------------------------------------
+
+
+def mount_volume(fleet, slave, rng):
+    """A volume is bind-mounted in the live tree."""
+    if not fleet.has_small_disk:
+        return None
+    place = slave.tree / VOLUME
+    with contextlib.suppress(OSError):
+        place.mkdir()
+    command = ["mount", "--bind", str(slave.volume), str(place)]
+    if subprocess.call(command, stderr=subprocess.DEVNULL):
+        return None  # the tree was exchanged at this moment
+    return slave.unmount_volume
+
+
+def own_files(fleet, slave, rng):
+    """Another user's files in the live tree, as a container writes them.
+
+    Where the slave may not remove them, they become the slave's later, for its next run to remove.
+    """
+    if not fleet.is_root:
+        return None
+    theirs = slave.tree / "__pycache__"
+    with contextlib.suppress(OSError):
+        theirs.mkdir()
+        (theirs / "module.pyc").write_bytes(b"x" * 100)
+        for path in (theirs / "module.pyc", theirs):
+            os.chown(str(path), OTHER_USER, OTHER_USER)
+    return lambda: give_back(slave)
+
+
+def give_back(slave):
+    """Nothing is another user's any more."""
+    for folder, folders, files in os.walk(str(slave.repos)):
+        for path in [os.path.join(folder, name) for name in folders + files]:
+            with contextlib.suppress(OSError):
+                if os.lstat(path).st_uid == OTHER_USER:
+                    os.lchown(path, 0, 0)
+
+
+def hide_record(fleet, slave, rng):
+    """slave.py starts while its record can't be read; later it can be, and it starts again."""
+    if not slave.minds_rights:
+        return None
+    slave.kill()
+    with contextlib.suppress(OSError):
+        os.chown(str(slave.state / "site.json"), OTHER_USER, OTHER_USER)
+        os.chmod(str(slave.state / "site.json"), 0o600)
+    slave.start(wait=False)
+
+    def mend():
+        give_back(slave)
+        if slave.process.poll() is None:
+            slave.kill()
+        restart(slave)
+    return mend
+
+
+def remove_state(fleet, slave, rng):
+    """The state folder is gone from one moment to the next, and with it what it promised."""
+    gone = slave.repos.parent / "gone"
+    with contextlib.suppress(OSError):
+        slave.state.rename(gone)
+        slave.forgotten_until = time.time()
+    shutil.rmtree(str(gone), ignore_errors=True)
+
+
+def limit_files(fleet, slave, rng):
+    """slave.py may open few files from now on, for a while."""
+    pid = slave.process.pid
+    with contextlib.suppress(OSError):
+        soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (min(soft, FEW_FILES), hard))
+
+        def mend():
+            with contextlib.suppress(OSError):
+                resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
+        return mend
+    return None
+
+
 # -- faults of the network and of the upstream ----------------------------------------------------
 
 
@@ -185,6 +273,22 @@ def break_upstream(fleet, slave, rng):
     def mend():
         fleet.http.fault = None
     return mend
+
+
+def fail_in_passing(fleet, slave, rng):
+    """One of upstream's answers is a 503 or a reset; asked again, it is as ever."""
+    number = len(fleet.http.requests) + rng.randrange(1, 7)
+    fleet.http.faults_at[number] = rng.choice(["503", "reset"])
+
+
+def reset_clients(fleet, slave, rng):
+    """A hundred connections that are reset: at once, within a request, before the answer."""
+    for number in range(100):
+        with contextlib.suppress(OSError), socket.socket() as client:
+            client.settimeout(2)
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            client.connect(("127.0.0.1", slave.port))
+            client.sendall(b"GET /healthz HTTP/1.1\r\n\r\n"[:number % 30])
 
 
 def force_push(fleet, slave, rng):
@@ -212,8 +316,8 @@ def burst(fleet, slave, rng):
 
 FAULTS = {fault.__name__: fault for fault in (
     kill_slave, kill_everything, kill_a_child, freeze, stop_cleanly, fill_disk, jump_clock,
-    edit_times, break_record, break_pack, leave_rubbish, cut_network, break_upstream, force_push,
-    push, burst)}
+    edit_times, break_record, break_pack, leave_rubbish, mount_volume, own_files, cut_network,
+    break_upstream, fail_in_passing, force_push, push, burst)}
 # Of a master, dealt with by the round that runs it.
 MASTER_FAULTS = ("none", "none", "interrupt", "kill", "second with another ref")
 
