@@ -404,7 +404,7 @@ def read(environ, conf):
     except ValueError as mistake:
         sys.exit("install.sh: %s" % str(mistake).split(" (set by")[0])
     except OSError as error:
-        sys.exit("install.sh: cannot read %s: %s" % (conf, error.strerror))
+        sys.exit("install.sh: cannot read %s: %s" % (conf, error.strerror or error))
 
 if os.path.lexists(conf):
     now, wanted = read({}, conf), read(asked, os.devnull)
