@@ -50,6 +50,8 @@ MAX_QUEUED = 100  # repositories with an update that waits
 MAX_ENDED = 10  # ended updates that are remembered, a repository
 MAX_WITHOUT_TREE = 1000  # repositories that are remembered although nothing is live
 MAX_TRIES = 3  # starts of one update; more only where the slave was stopped cleanly
+BACKSTOP_S = 10  # beyond TIMEOUT, by which slave-activate itself should have ended
+# A stop takes up to the sum of the next four, which a service manager must have patience for.
 KILL_AFTER_S = 10  # from TERM to KILL
 GIVE_UP_AFTER_S = 1  # from KILL to the insight that it can't be killed
 GIT_TIMEOUT_S = 2  # to say what is live
@@ -371,7 +373,7 @@ def read_settings(environ, options):
                 complaint = NOT_GIVEN.complaint + " (set by %s)" % name
                 given = Given(source[name].strip(), complaint)
         values[key] = parse_setting(key, given)
-    # One without the other is half a wish.
+    # A certificate may have its key in the same file; a key alone certifies nothing.
     if values["TLS_KEY"] and not values["TLS_CERT"]:
         raise ValueError("TLS_KEY is set, but TLS_CERT is not")
     return values
@@ -694,8 +696,9 @@ class Journal:
                 log("%s can't be read now and is left as it is: %s", path, error)
             self.unread.add(repo)
         except Exception as error:  # whatever it is, it must not stop the others
+            with contextlib.suppress(OSError):
+                os.rename(path, path + ".broken")
             log("%s is broken, kept as %s.json.broken: %r", path, repo, error)
-            os.rename(path, path + ".broken")
             self.unread.discard(repo)
 
     def commit(self, repo, method, *args, is_forced=False):
@@ -1052,6 +1055,7 @@ class Guard:
         self.settings = settings
         self.path = settings["SECRET_FILE"] or SECRET_FILE
         self.secrets = []
+        self.complaint = ""  # of a secret file that is no good by now
         # One key's flood takes nothing from another key.
         self.nonces = {}  # {secret: its Nonces}
         if settings["SECRET_FILE"] or not is_absent(self.path):
@@ -1063,8 +1067,11 @@ class Guard:
             if not self.secrets and is_absent(self.path):
                 return False
             self.secrets = read_secrets(self.path)
-        except ValueError:
-            pass  # those from before hold; where there were none, nobody has one that is right
+        except ValueError as error:
+            # Those from before hold; where there were none, nobody has one that is right.
+            if str(error) != self.complaint:
+                log("the secret stays what it was: %s", error)
+            self.complaint = str(error)
         except OSError as error:
             raise Refusal(503, "can't read the secret: " + reason(error), RETRY_LATER)
         return True
@@ -1213,6 +1220,7 @@ class Updater:
 
     def run_update(self, repo):
         """Runs what is queued of a repository to its end, whatever goes wrong with it."""
+        # Nothing is, where the run before took it along: it was on disk, but not yet queued here.
         queued = self.journal.records[repo].queued
         try:
             if queued:
@@ -1250,7 +1258,7 @@ class Updater:
         try:
             # Its outcome is on disk before what it left is killed: that may take a while.
             timeout_s = self.settings["TIMEOUT"]
-            why = run.wait(timeout_s, self.is_stopping)
+            why = run.wait(timeout_s + BACKSTOP_S, self.is_stopping)
             run.end_rest()
             if why == "stop" and run.status != 0:
                 self.record(repo, Records.stop)
@@ -1509,6 +1517,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
     def finish(self):
         """Closes the connection; what its peer still sends comes first: else it gets no answer."""
+        # It waits for its peer once more, and gives way as others that do.
         self.enter(self.READING)
         try:
             # What is left in the buffer goes out here, or raises where the peer has gone.
@@ -1708,7 +1717,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 # -- server: all connections -----------------------------------------------------
 
 class Stopped(Exception):
-    """All updates have been stopped: the server's loop ends."""
+    """All updates have been stopped: the server's loop ends. (shutdown() waits for that loop.)"""
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -1725,7 +1734,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.served_file = served_file
         self.tls = None
         self.accepted = SimpleQueue()  # connections that a thread is to serve
-        self.idle = threading.Semaphore(0)  # threads that wait for one
+        self.idle = threading.Semaphore(0)  # one for each thread that waits and is promised none
         self.handlers = set()
         self.tended = 0  # when late connections were last looked for
         self.throttle = Throttle()  # of what strangers cause

@@ -362,7 +362,7 @@ def test_a_run_that_ignores_term_is_killed_with_its_group(start_slave, upstream)
     stand_in(slave, text=TERM_IGNORING)
     began = time.monotonic()
     record = slave.wait_update()
-    assert 10.5 < time.monotonic() - began < 60
+    assert 20.5 < time.monotonic() - began < 90, "slave-activate has 10 s to end"
     assert record["message"] == "stopped as it took longer than 1 s (TIMEOUT), and had said: deaf"
     wait_until(
         lambda: processes_below(slave.home.parent) == [slave.process.pid],

@@ -177,6 +177,7 @@ def test_the_secret_changes_without_a_gap(signed_slave, tmp_path):
         spoil()
         assert ask(signed_slave, secret=OTHER)[0] == 202, "the good secret from before holds"
         assert signed_slave.get("/?repo=hanuman")[0] == 401, "and never nothing at all"
+    assert signed_slave.log().count("the secret stays what it was: ") == 2
     secret.unlink()
     for answer in (ask(signed_slave, secret=OTHER), signed_slave.get("/?repo=hanuman")):
         assert answer[0] == 503, "one that vanishes is refused to all"

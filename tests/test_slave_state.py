@@ -68,7 +68,7 @@ def test_what_runs_as_another_user_is_left_and_the_update_ends(start_slave, tmp_
     record = slave.wait_update()
     assert record["state"] == "failed"
     assert record["message"] == "stopped as it took longer than 1 s (TIMEOUT)"
-    assert time.monotonic() - began < 16, "TERM, KILL after 10 s, and then no longer waited for"
+    assert time.monotonic() - began < 30, "TERM, KILL after 10 s, and then no longer waited for"
     assert "Traceback" not in slave.log()
     stand_in(slave)
     assert slave.wait_update()["state"] == "live"
