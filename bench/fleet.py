@@ -27,9 +27,9 @@ KIND = "files-500"
 class Fleet:
     """The slaves, their folders and the commands that update all of them."""
 
-    def __init__(self, args, server, ssh):
+    def __init__(self, args, server, ssh, slaves=SLAVES):
         self.work, self.ssh = os.path.join(args.work, "fleet"), ssh
-        self.slaves = 2 if args.quick else SLAVES
+        self.slaves = 2 if args.quick else slaves
         self.kind = "smoke" if args.quick else KIND
         self.base, self.url = server.url, f"{server.url}/{self.kind}.git"
         self.bare = os.path.join(args.work, "upstream", self.kind + ".git")

@@ -49,11 +49,12 @@ TOOLS = [
     ("python-with-flask", "-c", FLASK),
 ]
 HERE = os.path.dirname(os.path.abspath(__file__))
-ROW_ORDER = ["update", "given", "fanout", "daemon", "fleet", "prompt"]
+ROW_ORDER = ["update", "given", "fanout", "daemon", "fleet", "at_once", "prompt"]
 
 # metric: what its column is called, how a value is written
 METRICS = {
     "seconds": ("time", "s"),
+    "median": ("median slave", "s"),
     "first": ("first result", "s"),
     "cpu": ("CPU", "s"),
     "wire": ("over the wire", "MB"),

@@ -316,7 +316,7 @@ def test_a_live_slave_is_signalled_once_and_followed(update_one):
     status, result, (first, *polls) = update_one(answers)
     assert (status, result["outcome"]) == (0, "live")
     assert (result["commit"], result["previous"]) == (COMMIT, OLDER)
-    assert first == "/?repo=hanuman"
+    assert re.fullmatch(r"/\?repo=hanuman&by=[^&]+", first)
     status_path = re.compile(r"/status\?repo=hanuman&update=7(&wait=\d+)?$")
     assert polls and all(status_path.match(path) for path in polls)
 
@@ -324,8 +324,8 @@ def test_a_live_slave_is_signalled_once_and_followed(update_one):
 @pytest.mark.parametrize(
     ("answers", "status", "outcome", "message"),
     [
-        ({"/": (200, "Updating hanuman\n")}, 0, "signalled", ""),
-        ({"/": (204, b"")}, 0, "signalled", ""),
+        ({"/": (200, "Updating hanuman\n")}, 1, "signalled", "no update id"),
+        ({"/": (204, b"")}, 1, "signalled", "no update id"),
         ({"/?": ACCEPTED, "/status": (200, FAILED)}, 1, "failed", "no space left"),
         ({"/": (403, {"error": "not allowed"})}, 1, "refused", "not allowed"),
         ({"/": (404, "<h1>Not found</h1>")}, 1, "refused", "404"),
@@ -342,9 +342,10 @@ def test_each_answer_has_its_outcome(update_one, answers, status, outcome, messa
 
 
 def test_no_wait_ends_when_the_signal_is_taken(update_one):
-    status, result, asked = update_one({"/?repo": ACCEPTED}, "--no-wait")
-    assert (status, result["outcome"]) == (0, "signalled")
-    assert asked == ["/?repo=hanuman"]
+    for answer in (ACCEPTED, (200, "Updating hanuman\n"), (204, b"")):
+        status, result, asked = update_one({"/?repo": answer}, "--no-wait")
+        assert (status, result["outcome"]) == (0, "signalled")
+        assert re.fullmatch(r"/\?repo=hanuman&by=[^&]+", asked[-1])
 
 
 def test_nobody_listening_is_unreachable(update):
@@ -357,8 +358,9 @@ def test_nobody_listening_is_unreachable(update):
 
 def test_an_update_in_a_list_url_keeps_its_path_and_query(farm, update):
     url = "http://%s/hooks/x?key=1" % farm.add(answering({"/hooks/x?key=1&repo=": (200, "ok")}))
-    assert update([url]).returncode == 0
-    assert [request.path for request in farm.requests] == ["/hooks/x?key=1&repo=hanuman"]
+    assert update([url], "--no-wait").returncode == 0
+    (asked,) = [request.path for request in farm.requests]
+    assert re.fullmatch(r"/hooks/x\?key=1&repo=hanuman&by=[^&]+", asked)
 
 
 def test_half_a_request_gets_no_answer_and_harms_nobody(start_slave, upstream):

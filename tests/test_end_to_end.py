@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ import pytest
 from farm import answering, refusing_entry
 from processes import processes_below, wait_until
 from product import ROOT
+from update_support import Update
 from upstream import run_git
 
 SLAVES = 3
@@ -93,13 +95,18 @@ def test_a_bad_line_in_the_list_is_exit_2_with_its_number_and_signals_nobody(far
     assert farm.requests == []
 
 
-def test_a_slave_of_the_oldest_kind_counts_as_signalled(fleet, upstream, farm, update):
+def test_a_slave_of_the_oldest_kind_is_signalled_which_is_enough_for_no_wait(
+    fleet, upstream, farm, update
+):
     upstream.create("hanuman")
     oldest = farm.add(answering({"/get/?repo=hanuman": (200, "Updating hanuman\n")}))
-    done = update([*fleet(count=1), "http://%s/get/" % oldest])
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(re.escape(oldest) + r".*signalled", done.stdout)
-    assert [request.path for request in farm.requests] == ["/get/?repo=hanuman"]
+    slaves, env = [*fleet(count=1), "http://%s/get/" % oldest], {"SERVER_UPDATE_BY": "me@here"}
+    for options, status in (([], 1), (["--no-wait"], 0)):
+        done = update(slaves, *options, env=env)
+        assert done.returncode == status, done.stdout + done.stderr
+        assert re.search(re.escape(oldest) + r".*signalled", done.stdout)
+    asked = {request.path for request in farm.requests}
+    assert asked == {"/get/?repo=hanuman&by=me%40here"}
 
 
 def test_the_old_habits_work_unchanged(fleet, upstream, run_script, own_home):
@@ -146,28 +153,126 @@ def test_slaves_at_different_commits_are_exit_1(fleet, upstream, update):
     assert (totals["outcomes"], len(totals["commits"]), totals["exit"]) == ({"live": 2}, 2, 1)
 
 
-def test_a_push_in_the_middle_of_a_rollout_is_seen_and_the_printed_commands_mend_it(
-    fleet, upstream, update
-):
-    """The first slave's hook stands in for somebody who pushes between two batches."""
+def push_in_hook(slave, repo, commit):
+    """Have a slave's post-update hook stand in for somebody who pushes `commit`."""
+    hook = slave.hooks / "post-update"
+    hook.write_text("#!/bin/sh\ngit --git-dir='%s' update-ref refs/heads/main %s\n" % (
+        repo.path, commit))
+    hook.chmod(0o755)
+
+
+@pytest.mark.parametrize("options", [("--batch", "1"), ("--at-once", "1")])
+def test_a_push_in_the_middle_of_a_rollout_waits_for_the_next(fleet, upstream, update, options):
+    """What was tried first is what all get."""
     repo = upstream.create("hanuman")
     slaves, before = fleet(), repo.head()
     assert update(slaves).returncode == 0
     asked = repo.commit({"page": "asked for"})
     pushed = repo.commit({"page": "pushed"}, branch="next", parent=asked)
-    hook = slaves[0].hooks / "post-update"
-    hook.write_text("#!/bin/sh\ngit --git-dir='%s' update-ref refs/heads/main %s\n" % (
-        repo.path, pushed))
-    hook.chmod(0o755)
-    done = update(slaves, "--batch", "1")
+    push_in_hook(slaves[0], repo, pushed)
+    done = update(slaves, *options)
+    assert done.returncode == 0, done.stdout
+    assert "\nhanuman: 3 live of 3, " in done.stdout
+    assert "\ncommits: %s on 3\n" % asked[:7] in done.stdout
+    assert repo.head() == pushed
+    command = re.search("^to go back: (.*)$", done.stdout, re.M).group(1)
+    pasted = subprocess.run(["sh", "-c", command], stdout=subprocess.PIPE, timeout=60)
+    assert (pasted.returncode, before in command) == (0, True), pasted.stdout
+    assert [commit_in(slave) for slave in slaves] == [before] * SLAVES
+
+
+def test_a_push_between_slaves_is_seen_and_the_printed_command_mends_it(
+    fleet, upstream, tmp_path
+):
+    """The others stand still until the first one has put live what was newest then."""
+    repo = upstream.create("hanuman")
+    slaves = fleet()
+    asked = repo.head()
+    pushed = repo.commit({"page": "pushed"}, branch="next", parent=asked)
+    push_in_hook(slaves[0], repo, pushed)
+    for slave in slaves[1:]:
+        slave.process.send_signal(signal.SIGSTOP)
+    run = Update(tmp_path, slaves)
+    wait_until(lambda: repo.head() == pushed)
+    for slave in slaves[1:]:
+        slave.process.send_signal(signal.SIGCONT)
+    done = run.finish()
     assert done.returncode == 1
     assert "hanuman: 3 live of 3, " in done.stdout
     assert "\ncommits: %s on 2, %s on 1\n" % (pushed[:7], asked[:7]) in done.stdout
-    for words, commit in (("to make them equal", pushed), ("to go back", before)):
-        command = re.search("^%s: (.*)$" % words, done.stdout, re.M).group(1)
-        pasted = subprocess.run(["sh", "-c", command], stdout=subprocess.PIPE, timeout=30)
-        assert (pasted.returncode, commit in command) == (0, True), pasted.stdout
-        assert [commit_in(slave) for slave in slaves] == [commit] * SLAVES
+    command = re.search("^to make them equal: (.*)$", done.stdout, re.M).group(1)
+    pasted = subprocess.run(["sh", "-c", command], stdout=subprocess.PIPE, timeout=60)
+    assert pasted.returncode == 0, pasted.stdout
+    assert len({commit_in(slave) for slave in slaves}) == 1
+
+
+@pytest.mark.parametrize("ref", [None, "side", "v1"])
+def test_exactly_a_commit_goes_live(fleet, upstream, update, ref):
+    """Whatever has come since; and what is no commit of upstream is told by each slave."""
+    repo = upstream.create("hanuman")
+    wanted = repo.commit({"page": "wanted"}, branch="side")
+    repo.git("tag", "v1", wanted)
+    repo.git("update-ref", "refs/heads/main", wanted)
+    repo.commit({"page": "newer"})
+    slaves = fleet(count=2)
+    options = ["--ref", ref] if ref else []
+    done = update(slaves, *options, "--commit", wanted.upper(), "--note", "as agreed")
+    assert done.returncode == 0, done.stdout
+    assert [commit_in(slave) for slave in slaves] == [wanted] * 2
+    told = slaves[0].json("/status?repo=hanuman")
+    assert (told["pin"], told["ref"], told["note"]) == (wanted, ref, "as agreed")
+    assert re.fullmatch(r"\S+@\S+", told["by"])
+    done = update(slaves, "--commit", "1" * 40)
+    assert done.returncode == 1
+    assert re.search(r"  failed .*  still live .*1111111 is in no branch or tag", done.stdout)
+    done = update(slaves, "--history")
+    assert done.returncode == 0
+    line = r"    20\S+ \S+Z  live         %s  %s  .*\(as agreed\)" % (
+        wanted[:7], re.escape(told["by"]))
+    assert len(re.findall(line, done.stdout)) == 2
+    assert len(re.findall(r"  failed  .*1111111 is in no branch or tag", done.stdout)) == 2
+
+
+def test_a_hook_that_fails_stops_a_rollout(fleet, upstream, update):
+    """The canary is live, but what was to happen then did not: the others are not touched."""
+    upstream.create("hanuman")
+    slaves = fleet()
+    hook = slaves[0].hooks / "post-update"
+    hook.write_text("#!/bin/sh\necho 'nginx: [emerg] bad config in line 7' >&2\nexit 1\n")
+    hook.chmod(0o755)
+    done = update(slaves, "--batch", "1", "-q")
+    assert done.returncode == 1
+    assert re.search(r"  hook failed  .*nginx: \[emerg\] bad config in line 7", done.stdout)
+    assert "hanuman: 1 hook failed, 2 not started of 3, " in done.stdout
+    assert [names_in(slave.repos) for slave in slaves[1:]] == [[".server-update"]] * 2
+    done = update(slaves[:1], "--status")
+    assert done.returncode == 1
+    assert re.search(r"  hook failed  .*bad config in line 7", done.stdout)
+
+
+def test_the_status_is_good_only_where_a_commit_is_live_and_its_tree_is_there(
+    fleet, upstream, update
+):
+    upstream.create("hanuman")
+    slaves = fleet(count=2)
+    assert update(slaves).returncode == 0
+    assert update(slaves, "--status").returncode == 0
+    tree = slaves[0].repos / "hanuman"
+    for path in tree.iterdir():
+        shutil.rmtree(str(path)) if path.is_dir() else path.unlink()
+    for step in ("emptied", "removed"):
+        if step == "removed":
+            tree.rmdir()
+        for repo in ("hanuman", None):
+            done = update(slaves, "--status", repo=repo)
+            assert done.returncode == 1, step
+            words = "no commit is live: the tree is gone or empty"
+            assert re.search(r"%s.* failed +-  +%s" % (slaves[0].url, words), done.stdout)
+            assert "exit status 1: 1 slave not good\n" in done.stdout
+    assert update(slaves[1:], "--status").returncode == 0
+    assert update(slaves[1:], repo="hanumna").returncode == 1  # a typo
+    assert update(slaves[1:], "--status", repo=None).returncode == 0
+    assert update(slaves[1:], "--status", repo="hanumna").returncode == 1
 
 
 @pytest.mark.parametrize("kind", ["branch", "tag", "commit"])

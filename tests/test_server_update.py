@@ -10,14 +10,6 @@ import pytest
 from farm import COMMIT, OTHER, PREVIOUS, REPO, UPDATE, record
 
 
-def slaves(number):
-    return list(range(number))
-
-
-def sizes(batches):
-    return [len(batch) for batch in batches]
-
-
 @pytest.mark.parametrize(
     ("spec", "total", "expected"),
     [
@@ -32,9 +24,9 @@ def sizes(batches):
     ],
 )
 def test_batches(server_update, spec, total, expected):
-    batches = server_update.split_batches(slaves(total), server_update.read_amounts(spec))
-    assert sizes(batches) == expected
-    assert sum(batches, []) == slaves(total)
+    batches = server_update.split_batches(total, server_update.read_amounts(spec))
+    assert batches == expected
+    assert sum(batches) == total
 
 
 @pytest.mark.parametrize(
@@ -64,19 +56,24 @@ def test_bad_sizes(server_update, spec):
     ],
 )
 def test_what_is_asked(server_update, entry, signal, status):
-    slave, asked = server_update.parse_slave(entry), {"repo": REPO, "update": 5}
+    slave, query = server_update.parse_slave(entry), server_update.encode_query
     path = server_update.request_path
-    assert path(slave, "", repo=REPO, ref=None) == signal
-    assert path(slave, "status", **asked, wait=25) == status
-    assert path(slave, "status", **asked, wait=None) == status.replace("&wait=25", "")
+    assert path(slave, "", query(repo=REPO, ref=None)) == signal
+    assert path(slave, "status", query(repo=REPO, update=5, wait=25)) == status
+    polled = path(slave, "status", query(repo=REPO, update=5, wait=None))
+    assert polled == status.replace("&wait=25", "")
 
 
-def test_what_is_asked_for_a_ref_and_for_the_status(server_update):
-    slave = server_update.parse_slave("web1")
+def test_what_is_asked_is_percent_encoded(server_update):
+    """A space is %20, a + is a plus."""
+    slave, query = server_update.parse_slave("web1"), server_update.encode_query
     path = server_update.request_path
-    assert path(slave, "", repo=REPO, ref="fix/ü&x") == "/?repo=hanuman&ref=fix%2F%C3%BC%26x"
-    assert path(slave, "status", repo=REPO) == "/status?repo=hanuman"
-    assert path(slave, "status", repo=None) == "/status"
+    asked = query(repo=REPO, ref="fix/ü&x", by="a b@c", note="1+1 = 2\u2026")
+    assert path(slave, "", asked) == (
+        "/?repo=hanuman&ref=fix%2F%C3%BC%26x&by=a%20b%40c&note=1%2B1%20%3D%202%E2%80%A6"
+    )
+    assert path(slave, "status", query(repo=REPO)) == "/status?repo=hanuman"
+    assert path(slave, "status", query(repo=None)) == "/status"
 
 
 def reply(server_update, status=200, body=None, **more):
@@ -84,18 +81,21 @@ def reply(server_update, status=200, body=None, **more):
     return server_update.Reply(status, text=text, **more)
 
 
+NO_ID = "its answer has no update id: nothing more is known"
+
+
 @pytest.mark.parametrize(
     ("status", "body", "expected"),
     [
         (202, {"update": 7}, ("follow", "", "", None)),
         (200, {"update": 7}, ("follow", "", "", None)),
-        (200, b"updating hanuman", ("end", "signalled", "", None)),
-        (200, b"", ("end", "signalled", "", None)),
-        (204, b"", ("end", "signalled", "", None)),
-        (200, b"<html>", ("end", "signalled", "", None)),
-        (200, {"update": "7"}, ("end", "signalled", "", None)),
-        (200, [1], ("end", "signalled", "", None)),
-        (200, b"[" * 30000, ("end", "signalled", "", None)),
+        (200, b"updating hanuman", ("end", "signalled", NO_ID, None)),
+        (200, b"", ("end", "signalled", NO_ID, None)),
+        (204, b"", ("end", "signalled", NO_ID, None)),
+        (200, b"<html>", ("end", "signalled", NO_ID, None)),
+        (200, {"update": "7"}, ("end", "signalled", NO_ID, None)),
+        (200, [1], ("end", "signalled", NO_ID, None)),
+        (200, b"[" * 30000, ("end", "signalled", NO_ID, None)),
         (302, b"", ("end", "refused", "Found (HTTP 302, not followed)", None)),
         (400, {"error": "bad repo"}, ("end", "refused", "bad repo (HTTP 400)", None)),
         (401, {"error": 5}, ("end", "refused", "Unauthorized (HTTP 401)", None)),
@@ -137,21 +137,106 @@ def test_without_following_a_signal_is_enough(server_update):
     assert step == server_update.Step("end", "signalled")
 
 
-def poll(server_update, ref=None, status=200, body=None):
-    return server_update.judge_poll(reply(server_update, status, body), REPO, ref, UPDATE)
+def poll(server_update, ref=None, status=200, body=None, pin=None, is_pinned=False):
+    wanted = server_update.Wanted(REPO, ref, pin, is_pinned)
+    return server_update.judge_poll(reply(server_update, status, body), wanted, UPDATE)
+
+
+def new_record(state="live", **more):
+    """A record of slaves that know of pins, hooks and what is beneath."""
+    known = {"pin": None, "hook": None, "beneath": None, "by": "root@master", "note": None}
+    return record(state, **dict(known, **more))
 
 
 def test_the_outcome_of_an_update(server_update):
-    live = poll(server_update, body=record(message="the post-update hook failed"))
-    assert live == server_update.Step(
-        "end", "live", "the post-update hook failed", COMMIT, PREVIOUS
-    )
+    live = poll(server_update, body=new_record(message="an old tree is set aside"))
+    assert live == server_update.Step("end", "live", "an old tree is set aside", COMMIT, PREVIOUS)
     failed = poll(server_update, body=record("failed", message="no such\x07 branch"))
     assert failed[:3] == ("end", "failed", r"no such\x07 branch")
     assert poll(server_update, body=record(update=UPDATE + 5)).outcome == "live"
     assert poll(server_update, body=record(commit="-", previous=None)).commit is None
     for state in ("queued", "running"):
         assert poll(server_update, body=record(state))[:3] == ("wait", "timeout", "")
+
+
+def test_a_hook_that_failed_is_no_success(server_update):
+    """Nor where a slave of 1.0 says so: it has no `hook`, and a message for nothing else."""
+    for status in (1, 126, 143, 0, "x"):
+        step = poll(server_update, body=new_record(hook=status, message="nginx: [emerg] no"))
+        assert step[1:4] == ("hook failed", "nginx: [emerg] no", COMMIT)
+    step = poll(server_update, body=record(message="the post-update hook failed (1)"))
+    assert step[1:4] == ("hook failed", "the post-update hook failed (1)", COMMIT)
+    assert poll(server_update, body=record()).outcome == "live"
+    assert poll(server_update, body=new_record("failed", hook=1)).outcome == "failed"
+
+
+@pytest.mark.parametrize(
+    ("beneath", "outcome"),
+    [
+        (None, "live"),
+        ({}, "live"),
+        ({"live": 298}, "live"),
+        ({"live": 298, "failed": 0}, "live"),
+        ({"live": 298, "unreachable": 2}, "beneath failed"),
+        ({"not started": 1}, "beneath failed"),
+        ({"live": 1, "hook failed": 1}, "beneath failed"),
+        ({"live": 1, "signalled": 1}, "live but not good"),
+        ({"of a later version": 1}, "beneath failed"),
+        ([], "failed"),
+        ({"failed": "many"}, "failed"),
+    ],
+)
+def test_a_relay_is_as_good_as_all_beneath_it(server_update, beneath, outcome):
+    step = poll(server_update, body=new_record(beneath=beneath))
+    expected = "beneath failed" if outcome == "live but not good" else outcome
+    assert step.outcome == expected
+    if expected != "failed":
+        hooked = poll(server_update, body=new_record(beneath=beneath, hook=1))
+        assert hooked.outcome == "hook failed"
+
+
+NEWER = "a newer update put 1d5d931 live"
+OLD = "too old for --commit"
+
+
+@pytest.mark.parametrize(
+    ("pin", "is_pinned", "told", "outcome", "message"),
+    [
+        (COMMIT, True, {"pin": COMMIT}, "live", ""),
+        (COMMIT, False, {"pin": COMMIT}, "live", ""),
+        (
+            COMMIT,
+            True,
+            {"pin": COMMIT, "commit": OTHER},
+            "failed",
+            NEWER.replace("1d5d931", "77aa120"),
+        ),
+        (COMMIT, True, {"pin": None}, "failed", NEWER),
+        (COMMIT, True, {"pin": OTHER}, "failed", NEWER),
+        (None, False, {"pin": COMMIT}, "failed", NEWER),
+        (None, False, {"pin": ["x"]}, "failed", NEWER),
+        (COMMIT, True, {"pin": COMMIT, "hook": 1}, "hook failed", ""),
+        (COMMIT, True, {"pin": None, "hook": 1}, "failed", NEWER),
+        (
+            COMMIT,
+            True,
+            {"pin": COMMIT, "commit": None},
+            "failed",
+            "a newer update put nothing live",
+        ),
+        # of 1.0: what --batch pins is live there, or it is not; --commit it does not know
+        (COMMIT, False, None, "live", ""),
+        (OTHER, False, None, "failed", OLD),
+        (COMMIT, True, None, "failed", OLD),
+        (None, False, None, "live", ""),
+    ],
+)
+def test_another_commit_than_the_pin_is_no_success(
+    server_update, pin, is_pinned, told, outcome, message
+):
+    body = record() if told is None else new_record(**told)
+    step = poll(server_update, pin=pin, is_pinned=is_pinned, body=body)
+    assert step[:3] == ("end", outcome, message)
 
 
 @pytest.mark.parametrize(
@@ -228,29 +313,68 @@ def test_a_header_without_an_end(server_update, header, error):
     assert caught.type is error
 
 
-def test_the_status_of_a_repository(server_update):
-    def status(body, repo=REPO, code=200):
-        return server_update.judge_status(reply(server_update, code, body), repo)
+def status(server_update, body, code=200):
+    return server_update.judge_status(reply(server_update, code, body), REPO)
 
-    assert status(record(finished=0.0)) == [
-        server_update.Step("end", "live", "since 1970-01-01 00:00:00Z", commit=COMMIT)
+
+def whole_status(server_update, body):
+    return server_update.judge_whole_status(reply(server_update, 200, body))
+
+
+@pytest.mark.parametrize(
+    ("told", "outcome", "message"),
+    [
+        ({}, "live", "since 1970-01-01 00:00:00Z"),
+        (
+            {"message": "an old tree is set aside"},
+            "live",
+            "since 1970-01-01 00:00:00Z an old tree is set aside",
+        ),
+        ({"finished": None}, "live", ""),
+        ({"hook": 1, "message": "no nginx"}, "hook failed", "since 1970-01-01 00:00:00Z no nginx"),
+        ({"beneath": {"failed": 1}}, "beneath failed", "since 1970-01-01 00:00:00Z"),
+        ({"commit": None}, "failed", "no commit is live: the tree is gone or empty"),
+        (
+            {"state": "failed", "message": "no net"},
+            "failed",
+            "update failed 1970-01-01 00:00:00Z: no net",
+        ),
+        ({"state": "failed", "message": ""}, "failed", "update failed 1970-01-01 00:00:00Z"),
+        ({"state": "failed", "commit": None}, "failed", "update failed 1970-01-01 00:00:00Z"),
+        ({"state": "running", "finished": None}, "signalled", "update running"),
+        ({"state": "queued", "finished": None, "commit": None}, "signalled", "update queued"),
+    ],
+)
+def test_the_status_of_a_repository(server_update, told, outcome, message):
+    """Good is what is live, is there, and whose last update ended good."""
+    step = status(server_update, new_record(**dict({"finished": 0.0}, **told)))
+    assert step[:3] == ("end", outcome, message)
+    assert step.commit == told.get("commit", COMMIT)
+
+
+def test_a_status_that_makes_no_sense_is_no_success(server_update):
+    assert status(server_update, {"error": "never asked for"}, 404).outcome == "refused"
+    assert status(server_update, b"<html>").outcome == "failed"
+    for finished in ("x", 1e300, float("nan"), -1, True):
+        assert status(server_update, record(finished=finished)).outcome == "live"
+
+
+def test_the_status_of_all_repositories(server_update):
+    """One that was never live is just a name that somebody asked for, a typo say."""
+    bodies = {
+        REPO: new_record(),
+        "b": new_record(repo="b", commit=OTHER),
+        "hanumna": new_record("failed", repo="hanumna", commit=None, previous=None),
+        "gone": new_record("failed", repo="gone", commit=None),
+    }
+    steps = whole_status(server_update, {"version": "1", "repos": bodies})
+    assert [(step.repo, step.outcome, step.commit) for step in steps] == [
+        (REPO, "live", COMMIT),
+        ("b", "live", OTHER),
+        ("gone", "failed", None),
     ]
-    assert status(record("failed", message="no net"))[0][1:3] == ("live", "update failed no net")
-    assert status(record("running"))[0][1:3] == ("live", "update running")
-    assert status(record("failed", commit=None, message="no net"))[0][1:3] == (
-        "failed",
-        "update failed no net",
-    )
-    assert status(record("running", commit=None))[0][1:3] == ("timeout", "update running")
-    assert status({"error": "never asked for"}, code=404)[0].outcome == "refused"
-    assert status(b"<html>")[0].outcome == "failed"
-    for finished in (None, "x", 1e300, float("nan"), -1, True):
-        assert status(record(finished=finished))[0].outcome == "live"
-    both = status(
-        {"version": "1", "repos": {REPO: record(), "b": record(repo="b", commit=OTHER)}}, None
-    )
-    assert [(step.repo, step.commit) for step in both] == [(REPO, COMMIT), ("b", OTHER)]
-    assert status({"repos": {}}, None)[0][1:3] == ("live", "no repository yet")
+    (step,) = whole_status(server_update, {"repos": {}})
+    assert step[1:3] == ("live", "no repository yet")
     for body in (
         {},
         {"repos": []},
@@ -259,7 +383,32 @@ def test_the_status_of_a_repository(server_update):
         {"repos": {"a": record(repo="b")}},
         [],
     ):
-        assert status(body, None)[0].outcome == "failed", body
+        assert whole_status(server_update, body)[0].outcome == "failed", body
+
+
+def test_the_history_of_a_repository(server_update):
+    def history(body, code=200):
+        return server_update.judge_history(reply(server_update, code, body), REPO)
+
+    bodies = [new_record("running"), new_record()]
+    step = history({"repo": REPO, "updates": bodies})
+    assert (step.outcome, step.updates) == ("answered", bodies)
+    assert history(record()).updates[0]["commit"] == COMMIT  # of 1.0: its newest alone
+    assert history({"error": "no such update"}, 404)[:2] == ("end", "answered")
+    assert history(b"<html>", 404).outcome == "refused"
+    for body in (b"<html>", {}, {"updates": 7}, {"updates": [7]}, {"updates": [record(repo="x")]}):
+        assert history(body).outcome == "failed", body
+
+
+def test_the_lines_of_a_history(server_update):
+    told = {"requested": 1.0, "ref": "v1", "by": "anna@master", "note": "the fair"}
+    assert server_update.format_update(new_record(**told)) == (
+        "    1970-01-01 00:00:01Z  live         1d5d931  anna@master  v1 (the fair)"
+    )
+    line = server_update.format_update(new_record("failed", requested=0, message="no\x1b net"))
+    assert line == r"    1970-01-01 00:00:00Z  failed       1d5d931  root@master  no\x1b net"
+    line = server_update.format_update(record("running", requested=None))
+    assert line == "    -                     running      1d5d931  -"
 
 
 def result(
@@ -271,8 +420,12 @@ def result(
     seconds=1.234,
     message="",
     repo=None,
+    number=0,
+    is_followed=True,
 ):
-    return server_update.Result(slave, outcome, commit, previous, seconds, message, repo)
+    good = server_update.is_good(outcome, is_followed)
+    fields = (outcome, commit, previous, message, repo, None)
+    return server_update.Result(slave, number, seconds, good, *fields)
 
 
 def test_exit_code(server_update):
@@ -280,8 +433,9 @@ def test_exit_code(server_update):
         return server_update.exit_code([result(server_update, **fields) for fields in results])
 
     live, old = {}, {"outcome": "signalled", "commit": None}
-    assert code(live, live, old) == 0
-    for outcome in ("failed", "refused", "unreachable", "timeout", "not started"):
+    assert code(live, live, dict(old, is_followed=False)) == 0
+    assert code(live, live, old) == 1
+    for outcome in server_update.OUTCOMES[server_update.OUTCOMES.index("hook failed") :]:
         assert code(live, {"outcome": outcome, "commit": None}) == 1
     assert code(live, {"commit": OTHER}) == 1
     assert code(live, {"commit": None}) == 1  # an empty repository is another commit
@@ -302,38 +456,76 @@ def test_result_lines(server_update):
     assert line(outcome="unreachable", commit=None, previous=None, message="x") == (
         "web1    unreachable  -        -              1.2 s  x"
     )
-    assert line(repo="hanuman", previous=None) == (
-        "web1 hanuman  live         1d5d931  -              1.2 s"
+    assert line(outcome="hook failed", message="no") == (
+        "web1    hook failed  1d5d931  was 8c2f4e0    1.2 s  no"
     )
 
 
-def test_causes_are_folded_with_the_worst_first_and_names_are_limited(server_update):
+def test_status_lines(server_update):
+    def line(width=6, **fields):
+        return server_update.format_status(result(server_update, **fields), width)
+
+    assert line(message="since x") == "web1    live         1d5d931  since x"
+    assert line(repo="hanuman") == "web1 hanuman  live         1d5d931"
+    assert line(outcome="failed", commit=None, message="no") == "web1    failed       -        no"
+
+
+def test_causes_are_folded_with_the_worst_last_and_names_are_limited(server_update):
     results = [
-        result(server_update, "web%d" % n, "unreachable", message="refused") for n in range(250)
+        result(server_update, "web%d" % n, "unreachable", message="refused", number=n)
+        for n in range(0, 500, 2)
     ]
     results += [
         result(server_update, "db1", "failed", message="b"),
-        result(server_update, "db2", "failed", message="a"),
-        result(server_update, "db3", "failed", message="a"),
+        result(server_update, "db3", "failed", message="a", number=9),
+        result(server_update, "db2", "failed", message="a", number=8),
         result(server_update, "ok", message=""),
-        result(server_update, "hooked", message="the hook failed"),
+        result(server_update, "aside", message="an old tree is set aside"),
+        result(server_update, "hooked", "hook failed", message="no nginx"),
         result(server_update, "asked", message="since 2026"),
     ]
     lines = server_update.format_causes(results)
-    assert lines[:6] == [
-        "1 live: the hook failed",
-        "    hooked",
-        "2 failed: a",
-        "    db2, db3",
-        "1 failed: b",
-        "    db1",
+    assert lines[:8] == [
+        ("1 live: an old tree is set aside", "live"),
+        ("    aside", ""),
+        ("1 hook failed: no nginx", "hook failed"),
+        ("    hooked", ""),
+        ("2 failed: a", "failed"),
+        ("    db[2-3]", ""),
+        ("1 failed: b", "failed"),
+        ("    db1", ""),
     ]
-    assert lines[6] == "250 unreachable: refused"
-    assert lines[7].startswith("    web0, web1, ") and lines[7].endswith(", web199, and 50 more")
+    assert lines[8] == ("250 unreachable: refused", "unreachable")
+    assert lines[9][0].startswith("    web[0,2,4,") and lines[9][0].endswith("398], and 50 more")
     many = [result(server_update, "web%d" % n, "failed", message=str(n)) for n in range(1000)]
-    *lines, last = server_update.format_causes(many)
+    *lines, (last, _) = server_update.format_causes(many)
     assert len(lines) == 100
     assert last == "950 more, each for a reason of its own: -v names them"
+
+
+@pytest.mark.parametrize(
+    ("names", "folded"),
+    [
+        ("web01 web02 web03 web09", "web[01-03,09]"),
+        ("web1 web2", "web[1-2]"),
+        ("web9 web10 web11", "web[9-11]"),
+        ("web09 web010", "web09 web010"),
+        ("web2 web1", "web2 web1"),  # the list's order stays
+        ("web1 db1 web2", "web1 db1 web2"),
+        ("web1.a.example web2.a.example web3.b.example", "web[1-2].a.example web3.b.example"),
+        ("web1:8000 web2:8000 web3:8001", "web[1-2]:8000 web3:8001"),
+        ("web1:8000 web1:8001", "web1:8000 web1:8001"),
+        ("10.0.0.7 10.0.0.8 10.0.1.9", "10.0.0.[7-8] 10.0.1.9"),
+        ("http://web1/x http://web2/x https://web3/x", "http://web[1-2]/x https://web3/x"),
+        ("rack1-web1a rack1-web2a rack2-web3a", "rack1-web[1-2]a rack2-web3a"),
+        ("[2001:db8::7] [2001:db8::8]", "[2001:db8::7] [2001:db8::8]"),
+        ("web db", "web db"),
+        ("7 8", "[7-8]"),
+        ("", ""),
+    ],
+)
+def test_names_of_neighbours_are_folded(server_update, names, folded):
+    assert server_update.fold_names(names.split()) == folded.split()
 
 
 def test_totals_by_outcome_and_by_commit(server_update):
@@ -343,9 +535,7 @@ def test_totals_by_outcome_and_by_commit(server_update):
         result(server_update),
         result(server_update, outcome="unreachable", commit=None, previous=None),
     ]
-    lines = server_update.format_totals(
-        results, server_update.Counter(counts), "hanuman", 12.34
-    )
+    lines = server_update.format_totals(results, server_update.Counter(counts), "hanuman", 12.34)
     assert lines == ["hanuman: 2 live, 1 unreachable of 3, 12.3 s", "commits: 1d5d931 on 2"]
 
 
@@ -390,7 +580,35 @@ def test_the_program_is_named_as_it_can_be_called(server_update, monkeypatch, tm
     program.write_text("#!/bin/sh\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert server_update.command_again(["x"], "v1") == "server-update --ref v1 x"
+    again = server_update.command_again
+    assert again(["x"], ["--ref", "v1"], ()) == "server-update --ref v1 x"
+    argv = ["--ref", "v2", "--json", "--ref=v3", "--limit", "a b", "x"]
+    assert again(argv, [], ("--ref",)) == "server-update --json --limit 'a b' x"
+
+
+def test_those_that_are_not_good_can_be_tried_again(server_update, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/opt/su/server-update"])
+    monkeypatch.setenv("PATH", "")
+    bad = [
+        result(server_update, "db1", "failed", number=2),
+        result(server_update, "[::1]:1", "interrupted", number=1),
+    ]
+    results = [result(server_update), *bad]
+
+    def retry(*argv, pin=None, results=results):
+        args = server_update.parse_args(argv)
+        return server_update.format_retry(results, argv, args, pin)
+
+    assert retry("--limit=x", "--ref", "v1", "hanuman") == (
+        "to try again: /opt/su/server-update --limit '[::1]:1' --limit db1 --ref v1 hanuman"
+    )
+    assert retry("--write-failed", "f", "--list", "l", "--batch=1", "x", pin=COMMIT) == (
+        "to try again: /opt/su/server-update --list f --commit %s --batch=1 x" % COMMIT
+    )
+    assert retry("x", results=results[:1]) == ""
+    assert retry("x", results=bad * 11) == (
+        "to try them again: add --write-failed FILE, and then --list FILE"
+    )
 
 
 @pytest.mark.parametrize(
@@ -414,9 +632,27 @@ def test_untrusted_text_is_one_short_harmless_line(server_update, text, expected
 
 def test_progress(server_update):
     counts = server_update.Counter({"live": 5, "failed": 1})
-    assert server_update.format_progress("hanuman", 12, counts, 61.9) == (
-        "hanuman  6 of 12  1:01  [##########          ]  5 live, 1 failed"
+    names = ["web%d" % n for n in range(1, 7)]
+
+    def progress(columns, total=12, counts=counts, names=names):
+        return server_update.format_progress("hanuman", total, counts, 61.9, names, columns)
+
+    assert progress(160) == (
+        "hanuman  6 of 12  1:01  [##########          ]  5 live, 1 failed  "
+        "web1, web2, web3, web4, web5, web6"
     )
+    assert (
+        progress(77)
+        == "hanuman  6 of 12  1:01  [####     ]  5 live, 1 failed  web1, web2, web3, ..."
+    )
+    assert progress(77, names=[]) == "hanuman  6 of 12  1:01  [####     ]  5 live, 1 failed"
+    assert progress(37) == "hanuman  6 of 12  1:01  5 live, 1 ..."
+    assert progress(49) == "hanuman  6 of 12  1:01  5 live, 1 failed  web1..."
+    assert progress(77, counts=server_update.Counter(), names=names[:1]) == (
+        "hanuman  0 of 12  1:01  [         ]  web1"
+    )
+    for columns in range(20, 200):
+        assert len(progress(columns)) <= columns
 
 
 SECONDS = "--timeout, --connect-timeout: above 0 and below 1e9 seconds"
@@ -438,10 +674,39 @@ MISTAKES = [
     (["--batch", "0", "x"], "--batch: sizes from 1, percentages to 100%"),
     (["--batch", "1,0%", "x"], "--batch: sizes from 1, percentages to 100%"),
     (["--batch", "1,101%", "x"], "--batch: sizes from 1, percentages to 100%"),
-    (["--max-fail", "1", "x"], "--max-fail: one number, with --batch"),
-    (["--batch", "1", "--max-fail", "1,2", "x"], "--max-fail: one number, with --batch"),
-    (["--status", "--ref", "v1", "x"], "--status takes no --ref, --batch, --dry-run or --no-wait"),
-    (["--status", "--batch", "1"], "--status takes no --ref, --batch, --dry-run or --no-wait"),
+    (["--max-fail", "1", "x"], "--max-fail: one number, with --batch or --at-once"),
+    (["--batch", "1", "--max-fail", "1,2", "x"], "--max-fail: one number, with --batch or --at"),
+    (["--at-once", "0", "x"], "--at-once: from 1"),
+    (["--at-once", "2", "--batch", "2", "x"], "--batch and --at-once exclude each other"),
+    (
+        ["--at-once", "2", "--no-wait", "x"],
+        "--batch and --at-once wait for outcomes: not with --n",
+    ),
+    (["--batch", "2", "--no-wait", "x"], "--batch and --at-once wait for outcomes: not with --n"),
+    (["--status", "--history", "x"], "--status and --history exclude each other"),
+    (["--status", "--ref", "v1", "x"], "--status and --history update nothing: not with --ref"),
+    (["--status", "--batch", "1"], "--status and --history update nothing: not with --batch"),
+    (
+        ["--status", "--commit", "a" * 40],
+        "--status and --history update nothing: not with --commit",
+    ),
+    (
+        ["--history", "--at-once", "1", "x"],
+        "--status and --history update nothing: not with --at-",
+    ),
+    (["--history"], "which repository?"),
+    (["--commit", "1d5d931", "x"], "bad commit '1d5d931' (all its 40 or 64 hex digits)"),
+    (["--commit", "g" * 40, "x"], "bad commit '%s' (all its 40 or 64 hex digits)" % ("g" * 40)),
+    (["--commit", "a" * 41, "x"], "bad commit '%s' (all its 40 or 64 hex digits)" % ("a" * 41)),
+    (["--commit=", "x"], "bad commit '' (all its 40 or 64 hex digits)"),
+    (["--note", "a\nb", "x"], "--note, SERVER_UPDATE_NOTE: printable text of at most 200 charact"),
+    (["--note", "x" * 201, "x"], "--note, SERVER_UPDATE_NOTE: printable text of at most 200 char"),
+    (["--list", "-", "--list", "-", "x"], "--list -: standard input can be read once"),
+    (
+        ["https://github.com/aiegoo/hanuman.git"],
+        "bad repository name 'https://github.com/aiegoo/hanuman.git'; give hanuman",
+    ),
+    (["git@host:hanuman/"], "bad repository name 'git@host:hanuman/'; give hanuman"),
     (["--secret-file=", "x"], "a file option is empty"),
     (["--write-failed=", "x"], "a file option is empty"),
     (["--nonsense", "x"], "unrecognized arguments: --nonsense"),
@@ -459,6 +724,24 @@ def test_mistakes_in_the_arguments(server_update, capsys, argv, message):
     assert (caught.value.code, out) == (2, "")
     assert err.startswith("usage: server-update [options] REPO\n")
     assert "server-update: error: " + message in err
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("BY", "x" * 201, "SERVER_UPDATE_BY: printable text of at most 200 characters"),
+        ("BY", "a\x1bb", "SERVER_UPDATE_BY: printable text of at most 200 characters"),
+        ("NOTE", "a\tb", "--note, SERVER_UPDATE_NOTE: printable text of at most 200 characters"),
+        ("VIA", "x", "SERVER_UPDATE_VIA: ids of relays, 16 hex digits each, with commas between"),
+        ("VIA", ",".join(["ab" * 8] * 9), "SERVER_UPDATE_VIA: more than 8 relays"),
+    ],
+)
+def test_mistakes_in_the_environment(server_update, capsys, monkeypatch, name, value, message):
+    monkeypatch.setenv("SERVER_UPDATE_" + name, value)
+    with pytest.raises(SystemExit) as caught:
+        server_update.main(["x"])
+    assert caught.value.code == 2
+    assert "server-update: error: " + message in capsys.readouterr().err
 
 
 def test_help_is_the_same_everywhere_and_fits_80_columns(server_update, capsys, monkeypatch):
@@ -484,7 +767,7 @@ def test_help_names_every_option_and_its_default(server_update, monkeypatch):
     server_update.parse_args(["x"])
     for name in names:
         assert re.search(r"\n  (-., )?%s[ ,]" % name, server_update.__doc__), name
-    assert len(names) == 24
+    assert len(names) == 28
     for name, default in defaults.items():
         entry = server_update.__doc__.partition("\n  %s " % name)[2].partition("\n  -")[0]
         assert "(%s)" % (default if isinstance(default, str) else "%g" % default) in entry, name

@@ -39,10 +39,13 @@ def test_dry_run_sends_nothing_and_prints_a_list(farm, update, tmp_path):
 
 
 def test_write_failed_is_a_list_of_exactly_those_not_live(farm, update, tmp_path):
-    good = [farm.add(updates()), farm.add(raw(http("200 OK", "ok", "text/plain")))]
+    good = [farm.add(updates()), farm.add(updates(hook=None, message="a tree is set aside"))]
     bad = [
         farm.add(updates(state="failed", message="no # such\nthing")),
         farm.add(error("403 No")),
+        farm.add(updates(hook=1)),
+        farm.add(updates(beneath={"failed": 1})),
+        farm.add(raw(http("200 OK", "ok", "text/plain"))),
     ]
     failed = tmp_path / "failed"
     failed.write_text("old\n")

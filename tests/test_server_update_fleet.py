@@ -51,10 +51,15 @@ def odd_status(request):
     return accepted()
 
 
+NO_ID = "its answer has no update id: nothing more is known"
 FLEET = [  # kind, outcome, what the message says
     (updates(), "live", ""),
     (updates(0.7), "live", ""),
-    (updates(message="the post-update hook failed"), "live", "the post-update hook failed"),
+    (updates(message="a hook failed (1)"), "hook failed", "a hook failed .1."),
+    (updates(hook=143, message="nginx: no"), "hook failed", "nginx: no"),
+    (updates(beneath={"live": 3, "unreachable": 1}), "beneath failed", ""),
+    (updates(beneath={"live": 3}, hook=None), "live", ""),
+    (updates(hook=None, message="a tree is set aside"), "live", "a tree is set aside"),
     (
         updates(state="failed", message="repository 'x' not found", commit=PREVIOUS),
         "failed",
@@ -82,7 +87,7 @@ FLEET = [  # kind, outcome, what the message says
     (raw(http("202 Accepted", BODY)[:30]), "unreachable", "answer cut short"),
     (raw(b"HTTP/1.1 200 OK\r\ncontent-LENGTH:9\r\n\r\ncut"), "unreachable", "answer cut short"),
     (raw(b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 200), "unreachable", "does not answer in HTTP"),
-    (raw(http("200 OK", b"x" * BIG_BODY_BYTES, "text/plain")), "signalled", ""),
+    (raw(http("200 OK", b"x" * BIG_BODY_BYTES, "text/plain")), "signalled", NO_ID),
     (
         raw(CHUNKED + b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY)),
         "(failed|timeout)",
@@ -92,10 +97,10 @@ FLEET = [  # kind, outcome, what the message says
     (drip(http("202 Accepted", BODY), 5.0), "unreachable", "connected, but no whole answer.*"),
     (drip(b"x" * 1000, 1.0), "unreachable", "connected, but no whole answer.*"),
     (raw(b"", "stays"), "unreachable", "connected, but no whole answer in time"),
-    (raw(http("200 OK", "<html><h1>It works!</h1></html>", "text/html")), "signalled", ""),
-    (raw(http("200 OK", '["hanuman"]')), "signalled", ""),
-    (raw(http("200 OK", "{}")), "signalled", ""),
-    (raw(http("200 OK", '{"update": "soon"}')), "signalled", ""),
+    (raw(http("200 OK", "<html><h1>It works!</h1></html>", "text/html")), "signalled", NO_ID),
+    (raw(http("200 OK", '["hanuman"]')), "signalled", NO_ID),
+    (raw(http("200 OK", "{}")), "signalled", NO_ID),
+    (raw(http("200 OK", '{"update": "soon"}')), "signalled", NO_ID),
     (
         error("302 Found", headers="Location: http://127.0.0.1:1/\r\n"),
         "refused",
@@ -108,9 +113,9 @@ FLEET = [  # kind, outcome, what the message says
     (forgetful, "(failed|timeout)", ".*no such update .HTTP 404."),
     (odd_status, "(failed|timeout)", ".*took the signal, but its status makes no sense"),
     (hold, "timeout", "no outcome within 10 s; connected, but no whole answer in time"),
-    (raw(http("200 OK", "updating hanuman\n", "text/plain")), "signalled", ""),
-    (raw(b"HTTP/1.0 200 OK\r\n\r\nupdating hanuman"), "signalled", ""),
-    (raw(b"HTTP/1.0 200 OK\n\nupdating hanuman"), "signalled", ""),
+    (raw(http("200 OK", "updating hanuman\n", "text/plain")), "signalled", NO_ID),
+    (raw(b"HTTP/1.0 200 OK\r\n\r\nupdating hanuman"), "signalled", NO_ID),
+    (raw(b"HTTP/1.0 200 OK\n\nupdating hanuman"), "signalled", NO_ID),
 ]
 
 
@@ -198,7 +203,9 @@ def test_a_ref_is_asked_for_and_checked(farm, update, ref):
     assert done.outcomes == {right: "live", wrong: "failed"}
     assert done.results[wrong]["message"] == "a newer update put main live"
     assert done.lines[0]["ref"] == ref
-    assert parse_qs(urlsplit(farm.requests[0].path).query) == {"repo": ["hanuman"], "ref": [ref]}
+    asked = parse_qs(urlsplit(farm.requests[0].path).query)
+    assert asked.pop("by")
+    assert asked == {"repo": ["hanuman"], "ref": [ref]}
 
 
 def test_without_following_each_slave_is_asked_once(farm, update):
@@ -211,9 +218,9 @@ def test_without_following_each_slave_is_asked_once(farm, update):
 
 def test_few_slaves_are_asked_by_long_polls(farm, update):
     entry = farm.add(updates())
-    assert update([entry], "--json").returncode == 0
+    assert update([entry], "--json", env={"SERVER_UPDATE_BY": "anna@here"}).returncode == 0
     assert [request.path for request in farm.requests] == [
-        "/?repo=hanuman",
+        "/?repo=hanuman&by=anna%40here",
         "/status?repo=hanuman&update=1700000000000&wait=25",
     ]
 

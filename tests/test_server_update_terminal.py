@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import pty
 import re
 import select
 import signal
@@ -28,6 +29,7 @@ from farm import (
 from processes import cpu_s, wait_until
 from product import PYTHON, SERVER_UPDATE
 from terminal import Run
+from update_support import run_in_process
 
 MANY = 10000
 END_CPU_S = 3  # of the processor's time, to tell of so many; it takes 0.5
@@ -42,7 +44,7 @@ def seen(text):
     assert "\r" not in text
     text = re.sub(r"( *)\d+\.\d s\b", lambda found: found.group(0)[:-5].rstrip() + " S s", text)
     text = re.sub(r":\d{5}\b", ":PORT", text)
-    text = re.sub(r"(?s)(go back|equal): \S*?\s*--ref", r"\1: server-update --ref", text)
+    text = re.sub(r"(?s)(go back|equal|again): \S*?\s*--", r"\1: server-update --", text)
     return re.sub(r"--list\s+\S+(\n +\S+)*?slavelist.txt", "--list L", text)
 
 
@@ -73,14 +75,18 @@ to go back: server-update --ref %s --list L hanuman
     % PREVIOUS
 )
 MESSAGE = "repository 'http://git.example/hanuman.git/' not found; check the name and BASE_URL"
-THREE = """\
+THREE = (
+    """\
 127.77.0.1:PORT  live         1d5d931  was 8c2f4e0 S s
 127.77.0.2:PORT  failed       8c2f4e0  still live S s  %s
 127.77.0.3:PORT  live         1d5d931  unchanged S s
 
 hanuman: 2 live, 1 failed of 3, S s
 commits: 1d5d931 on 2, 8c2f4e0 on 1
-""" % MESSAGE
+to try again: server-update --limit 127.77.0.2:PORT --list L hanuman
+"""
+    % MESSAGE
+)
 
 
 def test_a_pipe_has_lines_and_nothing_else(farm, tmp_path):
@@ -88,7 +94,8 @@ def test_a_pipe_has_lines_and_nothing_else(farm, tmp_path):
     assert seen(run.wait()) == ONE
     assert (run.code, run.errors) == (0, "")
     run = Run(tmp_path, three(farm))
-    assert seen(run.wait()).replace("0.5:", "0.2:").splitlines()[4:] == THREE.splitlines()[4:]
+    text = seen(run.wait()).replace("0.3:", "0.2:")
+    assert text.splitlines()[4:] == THREE.splitlines()[4:]
     assert (run.code, run.errors) == (1, "")
 
 
@@ -102,8 +109,9 @@ def test_one_slave_on_a_terminal(farm, tmp_path):
     run = Run(tmp_path, [farm.add(updates(0.3))], columns=80)
     text = run.wait()
     assert "reading the slave list\r\x1b[K" in text
-    assert "hanuman  0 of 1  0:00  [                    ]" in text
-    assert seen(text) == ONE.replace("live ", "\x1b[32mlive\x1b[0m ", 1)
+    assert re.search(r"hanuman  0 of 1  0:00  \[ {9}\]  127\.77\.0\.1:\d+\r", text)
+    colored = ONE.replace("live ", "\x1b[32mlive\x1b[0m ", 1)
+    assert seen(text) == colored.replace("1 live", "\x1b[32m1 live\x1b[0m", 1)
     assert re.search(r"\nto go back: \S+ --ref %s --list \S+ hanuman\r\n" % PREVIOUS, text)
 
 
@@ -113,14 +121,15 @@ def test_three_slaves_on_a_terminal(farm, tmp_path, columns):
     screen = run.wait()
     assert run.code == 1
     plain = re.sub("\x1b\\[[0-9]*[mK]", "", screen.replace("\r\n", "\n"))
+    plain = re.sub("\nto try again: .*", "", plain)  # to be pasted
     assert max(len(part) for line in plain.split("\n") for part in line.split("\r")) <= columns
     text = seen(re.sub("\x1b\\[[0-9]+m", "", screen))
     assert " ".join(text.split()) == " ".join(THREE.split())  # the same words, wrapped
     assert all(
-        line.startswith(("127.77.0.", "    ", "hanuman", "commits")) or not line
+        line.startswith(("127.77.0.", "    ", "hanuman", "commits", "to try again")) or not line
         for line in text.split("\n")
     )
-    for outcome, color in (("live", 32), ("failed", 31)):
+    for outcome, color in (("live", 32), ("failed", 31), ("2 live", 32), ("1 failed", 31)):
         assert "\x1b[%dm%s\x1b[0m" % (color, outcome) in screen
 
 
@@ -146,7 +155,7 @@ def test_up_to_50_slaves_have_a_line_each(farm, tmp_path, count, listed):
             "    127.77.0.51:PORT",
             "",
         ]
-    assert lines[-4:-2] == [
+    assert lines[-5:-3] == [
         "hanuman: %d live, 1 refused, 1 unreachable of %d, S s" % (count - 2, count),
         "commits: 1d5d931 on %d" % (count - 2),
     ]
@@ -172,10 +181,12 @@ def test_ten_thousand_slaves_on_a_terminal(farm, tmp_path):
     text = run.wait()
     assert run.code == 0
     _, *totals = text.replace("\r\n", "\n").split("\n")
-    assert max(len(part.replace("\x1b[K", "")) for part in re.split("[\r\n]", text)) < 41
+    plain = re.sub("\x1b\\[[0-9]*[mK]", "", text)
+    assert max(map(len, re.split("[\r\n]", plain))) < 41
     assert 3 < text.count("\r") < 20 + 20 * run.chunks[-1][0]
     words = "hanuman: 10000 signalled of 10000, [0-9]+[.][0-9] s"  # too long where it took 10 s
-    assert re.fullmatch(words, " ".join("\n".join(totals).split()))
+    plain = re.sub("\x1b\\[[0-9]+m", "", "\n".join(totals))
+    assert re.fullmatch(words, " ".join(plain.split()))
 
 
 def test_something_is_seen_at_once(farm, tmp_path):
@@ -186,7 +197,7 @@ def test_something_is_seen_at_once(farm, tmp_path):
     run.wait_for("reading the slave list")
     assert not farm.requests
     slavelist.write_text(farm.add(updates()) + "\n")
-    assert "hanuman: 1 live of 1" in run.wait()
+    assert "hanuman: \x1b[32m1 live\x1b[0m of 1" in run.wait()
 
 
 @pytest.mark.parametrize(
@@ -232,7 +243,8 @@ def test_progress_fits_the_terminal_that_it_is_on(farm, tmp_path):
     run.process.wait(60)
     run.thread.join(60)
     drawn = re.split("\r\x1b\\[K", run.text)
-    assert len(drawn) > 2 and max(map(len, drawn)) == 37
+    assert len(drawn) > 2 and max(map(len, drawn)) <= 37
+    assert "hanuman  0 of 1  0:00  127.77.0.1:..." in drawn  # what is cut has a sign of it
 
 
 @pytest.mark.parametrize("locale", ["C", "C.UTF-8", "en_US.ISO-8859-1"])
@@ -333,12 +345,13 @@ def test_interrupted_it_tells_the_outcome_so_far(farm, tmp_path, phase, number):
     lines = [json.loads(line) for line in text.splitlines()]
     assert [line["type"] for line in lines] == ["start", "result", "result", "result", "summary"]
     assert lines[-1]["exit"] == 130
-    assert lines[-1]["outcomes"] == {"live": 1, "timeout": 1, "not started": 1}
-    unfinished = [line for line in lines if line.get("outcome") == "timeout"][0]
+    assert lines[-1]["outcomes"] == {"live": 1, "interrupted": 1, "not started": 1}
+    unfinished = [line for line in lines if line.get("outcome") == "interrupted"][0]
     assert unfinished["slave"] == entries[1]
-    carries_on = "; it carries on by itself" if phase == "following" else ""
-    assert unfinished["message"] == "interrupted" + carries_on
-    assert "server-update: interrupted: 0 not live, 2 unfinished or not started\n" in run.errors
+    assert unfinished["message"] == (
+        "it carries on by itself" if phase == "following" else "its signal has no answer yet"
+    )
+    assert "server-update: interrupted: 0 not good, 1 unfinished, 1 not started\n" in run.errors
 
 
 @pytest.mark.parametrize("batches", ["1", "2"])
@@ -357,7 +370,7 @@ def test_interrupted_while_it_connects(farm, tmp_path, batches):
     assert run.code == 130
     summary = json.loads(text.splitlines()[-1])
     last = {"live": 1} if batches == "2" else {"not started": 1}
-    assert summary["outcomes"] == dict(last, timeout=1)
+    assert summary["outcomes"] == dict(last, interrupted=1)
     del keep
 
 
@@ -368,12 +381,32 @@ def test_interrupted_on_a_terminal_with_many(farm, tmp_path):
     run.wait_for("30 of 60")
     begun = time.monotonic()
     run.process.send_signal(signal.SIGINT)
-    text = seen(run.wait())
+    text = re.sub("\x1b\\[[0-9]+m", "", seen(run.wait()))
     assert time.monotonic() - begun < STOP_S
     assert run.code == 130
-    assert "\n30 timeout: interrupted; it carries on by itself\n    127.77.0.2:PORT, " in text
-    assert "\nhanuman: 30 live, 30 timeout of 60, S s\ncommits: 1d5d931 on 30\n" in text
+    assert "\n30 interrupted: it carries on by itself\n    127.77.0.[2,4,6,8," in text
+    assert "\nhanuman: 30 live, 30 interrupted of 60, S s\ncommits: 1d5d931 on 30\n" in text
+    assert "\nto try again: server-update --list " in text
     assert {line.split()[0] for line in failed.read_text().splitlines()} == set(entries[1::2])
+
+
+def test_interrupted_few_are_named_once_folded(farm, tmp_path):
+    """Not a line for each, up to 50 slaves either, unless -v asks for them."""
+    entries = [farm.add(hold if n else updates()) for n in range(9)]
+    for options in ([], ["-v"], ["-q"]):
+        run = Run(tmp_path, entries, *options)
+        wait_until(lambda: all(farm.polls[entry.split(":")[0]] for entry in entries[1:]))
+        if "-q" not in options:
+            run.wait_for("live")
+        else:
+            time.sleep(0.5)
+        run.process.send_signal(signal.SIGINT)
+        text = seen(run.wait())
+        farm.polls.clear()
+        assert text.count("it carries on by itself") == (8 if "-v" in options else 1)
+        folded = "\n8 interrupted: it carries on by itself\n    127.77.0.[2-9]:PORT\n"
+        assert (folded in "\n" + text) == ("-v" not in options)
+        assert "hanuman: 1 live, 8 interrupted of 9, S s\n" in text
 
 
 @pytest.mark.slow
@@ -392,10 +425,10 @@ def test_interrupted_with_ten_thousand(farm, tmp_path, options, columns):
         assert text.count("\n") == MANY + 2
         assert sum(json.loads(text.splitlines()[-1])["outcomes"].values()) == MANY
     else:
-        totals = r"\nhanuman: (\d+) timeout, (\d+) not started of %d, " % MANY
-        found = re.search(totals, seen(text))
+        totals = r"\nhanuman: (\d+) interrupted, (\d+) not\s+started of %d, " % MANY
+        found = re.search(totals, re.sub("\x1b\\[[0-9]+m", "", seen(text)))
         assert sum(map(int, found.groups())) == MANY
-        assert (text.count("127.77.") == MANY) == (options == ["-v"])
+        assert (seen(text).count("127.77.") == MANY) == (options == ["-v"])
 
 
 def test_interrupted_while_python_imports_its_library(tmp_path):
@@ -446,8 +479,11 @@ def test_a_second_interrupt_ends_at_once(farm, tmp_path):
         wait_until(lambda: len(farm.signals) > 50)
         wait_until(lambda: select.select([read], [], [], 0)[0])
         time.sleep(0.2)  # it stands in its write
-        process.send_signal(signal.SIGINT)
-        time.sleep(0.1)
+        for _ in range(3):  # a process group may get one signal twice: within a second it is one
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.1)
+        assert process.poll() is None
+        time.sleep(1.1)
         assert process.poll() is None
         begun = time.monotonic()
         process.send_signal(signal.SIGINT)
@@ -551,3 +587,82 @@ def test_a_terminal_is_left_clean(farm, tmp_path):
         re.S,
     )
     assert told  # the farm's own words are those of slave.py, see test_contract
+
+
+# Who is waited for.
+
+
+def test_off_a_terminal_a_line_says_who_is_waited_for(server_update, monkeypatch, farm, capsys):
+    """And since when one that has taken the signal does not answer; not with -q."""
+    monkeypatch.setattr(server_update, "WORD_EVERY_S", 1)
+    monkeypatch.setattr(server_update, "LONG_POLL_S", 0)
+    monkeypatch.setattr(server_update, "ANSWER_TIMEOUT_S", 0.2)
+    entries = [farm.add(updates(hook=None))] + [farm.add(hold) for _ in range(3)]
+    arguments = ["--timeout=3.6", "--connect-timeout=0.2", "--json"]
+    assert run_in_process(server_update, monkeypatch, entries, *arguments) == 1
+    lines = capsys.readouterr().err.splitlines()
+    waiting = [line for line in lines if "waiting" in line]
+    assert 1 <= len(waiting) <= 3
+    assert re.fullmatch(
+        r"server-update: waiting for 127\.77\.0\.\[2-4\]:\d+: 1 of 4 ended after 0:0\d", waiting[0]
+    )
+    silent = [line for line in lines if line not in waiting]
+    assert silent
+    for line in silent:
+        assert re.fullmatch(
+            r"server-update: no answer from 127\.77\.0\.[2-4]:\d+ since \d\d:\d\d:\d\dZ", line
+        )
+    assert run_in_process(server_update, monkeypatch, entries, *arguments, "-q") == 1
+    assert capsys.readouterr().err == ""
+
+
+def test_on_a_terminal_the_progress_line_names_who_is_waited_for(farm, tmp_path):
+    """Those that began first come first; one that was stopped is told with its time."""
+    entries = [farm.add(updates(hook=None)), farm.add(hold), farm.add(updates(1000))]
+    run = Run(tmp_path, entries, "--timeout=60", "--connect-timeout=0.1", columns=120)
+    run.wait_for(r"hanuman  1 of 3  .*1 live  127\.77\.0\.[23]:\d+, 127\.77\.0\.[23]:\d+\r")
+    run.wait_for(r"127\.77\.0\.2:\d+ \(no answer for 0:[3-5]\d\)", timeout=60)
+    run.process.send_signal(signal.SIGINT)
+    run.wait()
+    assert run.code == 130
+
+
+def test_a_terminal_that_goes_away_does_not_end_the_rollout(farm, tmp_path):
+    """As with setsid or disown, and a window that is closed: each slave is told all the same."""
+    entries = [farm.add(updates(0.5, hook=None)) for _ in range(3)]
+    slavelist = tmp_path / "slavelist.txt"
+    slavelist.write_text("\n".join(entries))
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [*SERVER_UPDATE, "--list", str(slavelist), "--json", "hanuman"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        start_new_session=True,
+    )
+    os.close(theirs)
+    assert os.read(ours, 1)
+    os.close(ours)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert json.loads(out.decode().splitlines()[-1])["outcomes"] == {"live": 3}
+
+
+def test_a_mistake_of_ours_ends_it_all_the_same(farm, tmp_path):
+    """A traceback, and not a command that hangs in cron for ever."""
+    slavelist = tmp_path / "slavelist.txt"
+    slavelist.write_text("%s\n%s\n" % (farm.add(mute), farm.add(updates())))
+    script = tmp_path / "broken"
+    guard = '\nif __name__ == "__main__":\n    http.client'
+    text = Path(SCRIPT).read_text(encoding="utf-8")
+    assert text.count(guard) == 1
+    broken = "\ndef judge_poll(*_):\n    raise LookupError('lost')\n\n"
+    script.write_text(text.replace(guard, broken + guard), encoding="utf-8")
+    done = subprocess.run(
+        [PYTHON, "-I", str(script), "--list", str(slavelist), "hanuman"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert b"LookupError: lost" in done.stderr

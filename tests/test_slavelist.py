@@ -83,8 +83,8 @@ def test_every_mistake(server_update, entry, message):
 
 def test_the_whole_list_is_read_and_each_mistake_is_told_with_its_line(server_update):
     with pytest.raises(ValueError) as caught:
-        server_update.parse_slavelist(
-            b"web1\n# web2:80x\nweb2:80x\n\n  \nweb3\nuser@web4 # no", "l"
+        server_update.parse_slavelists(
+            [("l", b"web1\n# web2:80x\nweb2:80x\n\n  \nweb3\nuser@web4 # no")]
         )
     assert str(caught.value) == "l:3: bad port '80x'\nl:7: bad host 'user@web4'"
 
@@ -92,18 +92,18 @@ def test_the_whole_list_is_read_and_each_mistake_is_told_with_its_line(server_up
 @pytest.mark.parametrize("data", [b"", b"\n", b"# web1\n\n   # web2", b"\xef\xbb\xbf"])
 def test_a_list_without_a_slave_is_a_mistake(server_update, data):
     with pytest.raises(ValueError, match="^l: no slave in the list"):
-        server_update.parse_slavelist(data, "l")
+        server_update.parse_slavelists([("l", data)])
 
 
 def test_crlf_byte_order_mark_comments_and_no_last_newline(server_update):
     data = b"\xef\xbb\xbfweb1\r\n  web2:80\t# the second\r\n\r\n#web3\r\nb\xc3\xbccher.example"
-    slaves = server_update.parse_slavelist(data, "l")
+    slaves = server_update.parse_slavelists([("l", data)])
     assert [slave.entry for slave in slaves] == ["web1", "web2:80", "bücher.example"]
 
 
 def test_what_is_not_utf_8_is_a_mistake_with_its_line_but_for_comments(server_update):
     with pytest.raises(ValueError) as caught:
-        server_update.parse_slavelist(b"web1 # caf\xe9\nw\xe9b2\n", "l")
+        server_update.parse_slavelists([("l", b"web1 # caf\xe9\nw\xe9b2\n")])
     assert str(caught.value) == r"l:2: bad host 'w\udce9b2'"
 
 
@@ -118,7 +118,7 @@ def test_what_is_not_utf_8_is_a_mistake_with_its_line_but_for_comments(server_up
     ],
 )
 def test_a_slave_in_other_spellings_is_one_slave(server_update, spellings):
-    slaves = server_update.parse_slavelist("\n".join(spellings).encode(), "l")
+    slaves = server_update.parse_slavelists([("l", "\n".join(spellings).encode())])
     assert [slave.entry for slave in slaves] == [spellings[0]]
 
 
@@ -133,7 +133,7 @@ def test_a_slave_in_other_spellings_is_one_slave(server_update, spellings):
     ],
 )
 def test_what_could_be_two_slaves_is_two(server_update, spellings):
-    assert len(server_update.parse_slavelist("\n".join(spellings).encode(), "l")) == 2
+    assert len(server_update.parse_slavelists([("l", "\n".join(spellings).encode())])) == 2
 
 
 def test_ten_thousand_lines_are_read_at_once(server_update):
@@ -141,7 +141,7 @@ def test_ten_thousand_lines_are_read_at_once(server_update):
     times = []
     for _ in range(3):
         begun = time.perf_counter()
-        assert len(server_update.parse_slavelist(data, "l")) == 10000
+        assert len(server_update.parse_slavelists([("l", data)])) == 10000
         times.append(time.perf_counter() - begun)
     assert min(times) < LIMIT_10K_S
 
@@ -151,7 +151,7 @@ def test_limit_takes_the_entries_that_match(server_update, tmp_path):
     path.write_text("web1\nweb2:80\ndb1\n[::1]\n")
 
     def entries(*globs):
-        return [slave.entry for slave in server_update.read_slavelist(str(path), globs)]
+        return [slave.entry for slave in server_update.read_slavelists([str(path)], globs)]
 
     assert entries() == ["web1", "web2:80", "db1", "[::1]"]
     assert entries("web*") == ["web1", "web2:80"]
@@ -160,10 +160,42 @@ def test_limit_takes_the_entries_that_match(server_update, tmp_path):
         entries("web2", "x")
 
 
+@pytest.mark.parametrize(
+    ("glob", "expected"),
+    [
+        ("[::1]:9999", ["[::1]:9999"]),
+        ("[::1]*", ["[::1]:9999"]),
+        ("[2001:db8::[78]]", ["[2001:db8::7]"]),
+        ("[2001:db8::7]:9999", ["[2001:db8::7]"]),  # as it is connected to
+        ("[2001:DB8::7]", []),  # neither as listed nor as that
+        ("web1:9999", ["WEB1"]),
+        ("web[12]:80", ["web2:80"]),
+        ("http://web3/*", ["http://web3/get/?k=[a:b]"]),
+        ("http://web3/get/?k=[a:b]", ["http://web3/get/?k=[a:b]"]),
+    ],
+)
+def test_limit_matches_an_entry_as_listed_or_as_host_and_port(server_update, glob, expected):
+    """Brackets with a colon in them are an IPv6 address, not a set of characters."""
+    lines = ["[::1]:9999", "[2001:db8::7]", "WEB1", "web2:80", "http://web3/get/?k=[a:b]"]
+    slaves = server_update.parse_slavelists([("l", "\n".join(lines).encode())])
+    assert [slave.entry for slave in server_update.choose_slaves(slaves, [glob])] == expected
+
+
+def test_several_lists_are_one_and_each_slave_is_signalled_once(server_update):
+    lists = [("a", b"web1\nweb2"), ("b", b"http://web1:9999/\nweb3"), ("c", b"# none")]
+    slaves = server_update.parse_slavelists(lists)
+    assert [slave.entry for slave in slaves] == ["web1", "web2", "web3"]
+    with pytest.raises(ValueError) as caught:
+        server_update.parse_slavelists([("a", b"web1:x"), ("b", b"web2"), ("c", b"\nweb3:y")])
+    assert str(caught.value) == "a:1: bad port 'x'\nc:2: bad port 'y'"
+    with pytest.raises(ValueError, match="^a, b: no slave in the list$"):
+        server_update.parse_slavelists([("a", b""), ("b", b"# web2")])
+
+
 def test_the_template_is_a_list_without_active_slaves(server_update):
     text = (ROOT / "slavelist.txt").read_bytes()
     with pytest.raises(ValueError, match="no slave in the list"):
-        server_update.parse_slavelist(text, "slavelist.txt")
+        server_update.parse_slavelists([("slavelist.txt", text)])
     examples = [
         line.split()[1]
         for line in text.decode().split("\n")

@@ -120,8 +120,8 @@ def broken(*run, **more):
     return dict(original(*run, **more), state="live", commit=None, previous=None)
 """, scenarios.a_failed_update_is_no_success),
     Mutation("unreachable is as good as live", "server-update", "is_good", """
-def broken(outcome):
-    return outcome == "unreachable" or original(outcome)
+def broken(outcome, *more):
+    return outcome == "unreachable" or original(outcome, *more)
 """, scenarios.a_dead_slave_is_no_success),
     Mutation("different commits are no matter", "server-update", "exit_code", """
 def broken(results):
@@ -133,8 +133,9 @@ def broken(reply, *more):
     return step if reply.status else step._replace(action=END, outcome="failed")
 """, scenarios.a_restart_between_signal_and_outcome_is_seen_through),
     Mutation("another ref is as good as ours", "server-update", "judge_record", """
-def broken(record, ref):
-    return original(record._replace(ref=ref), ref)
+def broken(record, wanted):
+    record.ref = wanted.ref
+    return original(record, wanted)
 """, scenarios.a_replaced_update_is_no_success),
     Mutation("the commit is not the slave's word", "server-update", "read_commit", """
 def broken(body, name):
