@@ -317,7 +317,8 @@ def burst(fleet, slave, rng):
 FAULTS = {fault.__name__: fault for fault in (
     kill_slave, kill_everything, kill_a_child, freeze, stop_cleanly, fill_disk, jump_clock,
     edit_times, break_record, break_pack, leave_rubbish, mount_volume, own_files, cut_network,
-    break_upstream, fail_in_passing, force_push, push, burst)}
+    break_upstream, fail_in_passing, force_push, push, burst, hide_record, remove_state,
+    limit_files, reset_clients)}
 # Of a master, dealt with by the round that runs it.
 MASTER_FAULTS = ("none", "none", "interrupt", "kill", "second with another ref")
 

@@ -5,7 +5,7 @@ from rounds import EVENTS, SPREAD_S, run_round
 from schedule import FAULTS, make_schedule
 
 SLAVES = 20
-SEEDS = (293, 453, 5)
+SEEDS = (2, 28, 5)
 
 
 def test_the_seeds_replay_and_have_every_fault():
