@@ -156,6 +156,15 @@ def test_the_map_of_the_code_names_what_is_there():
         ]
 
 
+def test_the_names_in_the_how_to_are_there():
+    text = (ROOT / "docs" / "development.md").read_text(encoding="utf-8")
+    part = text[text.index("## How to"):text.index("## Which tests")]
+    code = "".join(map(text_of, SCRIPTS))
+    code += (ROOT / "tests" / "processes.py").read_text(encoding="utf-8")
+    for word in re.findall(r"`([A-Za-z_.]+)`", part):
+        assert word.rpartition(".")[2] in code, word
+
+
 def test_the_tests_that_the_development_page_names_are_there():
     text = (ROOT / "docs" / "development.md").read_text(encoding="utf-8")
     named = set(re.findall(r"\btest_\w+\.py", text))
