@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -234,3 +235,39 @@ def test_another_users_process_is_not_killed(activate):
 def cmdline(pid):
     with open("/proc/%d/cmdline" % pid, "rb") as handle:
         return handle.read()
+
+
+# -- a removal that takes long -----------------------------------------------------------
+
+
+@pytest.fixture
+def slow_rm(activate, tmp_path):
+    """An rm that never ends, in place of the one for trees."""
+    fake = tmp_path / "fake"
+    fake.mkdir()
+    (fake / "rm").write_text(
+        '#!/bin/sh\ncase "$*" in -rf*r.new) exec sleep 60 ;; esac\nexec %s "$@"\n'
+        % shutil.which("rm")
+    )
+    (fake / "rm").chmod(0o755)
+    return {"PATH": "%s:%s" % (fake, os.environ["PATH"])}
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize("hook", [False, True])
+def test_a_removal_that_takes_long(activate, repo, slow_rm, shell, hook):
+    """It is live; the rest of the old tree is the next run's, and the hook has not run."""
+    first, _ = activate.good("r")
+    second = repo.commit({"f": "2"})
+    if hook:
+        activate.hook("post-update", "touch ran\n")
+    result = activate("r", prefix=shell.split(), env=slow_rm, timeout=20)
+    assert (result.status, result.out) == (3 if hook else 0, "r %s %s\n" % (second, first)), result
+    assert "the next run removes the rest of the old tree" in result.err
+    if hook:
+        assert result.last == (
+            "slave-activate: live, but post-update hook failed (143): "
+            "not run, TIMEOUT (2 s) is over"
+        )
+    assert not (activate.live() / "ran").exists()
+    assert activate.good("r", env={"SERVER_UPDATE_TIMEOUT": "60"})
