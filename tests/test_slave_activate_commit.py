@@ -71,9 +71,16 @@ def test_upper_case_is_as_good(activate, repo):
     assert activate.good("--commit", commit.upper(), "r")[0] == commit
 
 
-def test_a_tag_objects_hash_is_its_commit(activate, repo):
+def test_the_hash_of_a_tag_is_not_that_of_a_commit(activate, repo):
+    """Who compares what is live with what was asked for would find them differ."""
     repo.git("tag", "-a", "-m", "x", "v2", "main^")
-    assert activate.good("--commit", repo.git("rev-parse", "v2"), "r")[0] == repo.head("main^")
+    tag = repo.git("rev-parse", "v2")
+    result = activate("--commit", tag, "r")
+    assert (result.status, result.last) == (
+        1,
+        "slave-activate: %s is a tag, not a commit" % tag[:7],
+    )
+    assert activate.good("r", tag)[0] == repo.head("main^"), "as REF it names its commit"
 
 
 def test_no_such_branch_beside_a_commit(activate, repo):

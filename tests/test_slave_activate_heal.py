@@ -312,3 +312,11 @@ def test_what_a_killed_run_left_is_swept(activate, upstream, live):
     new.symlink_to("/")
     assert activate.good("r")[1] == old
     assert os.path.isdir("/usr")
+
+
+def test_the_old_commit_is_told_although_a_pipe_is_in_the_way(activate, upstream, live):
+    """The files of HEAD are read; git itself is not asked, as it would wait."""
+    old = activate.head()
+    os.mkfifo(str(live / ".git/objects/pack/pack-1234.pack"))
+    result = activate("r")
+    assert (result.status, result.out.split()[2]) == (0, old), result

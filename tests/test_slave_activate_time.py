@@ -58,7 +58,9 @@ def test_a_post_update_that_hangs(activate, repo, tmp_path, shell, ignores):
     result = activate("r", prefix=shell.split(), timeout=20)
     assert (result.status, result.out) == (3, "r %s -\n" % repo.head()), result
     status = 137 if ignores else 143
-    assert result.last == "slave-activate: live, but post-update hook failed (%d)" % status
+    assert result.last == (
+        "slave-activate: live, but post-update hook failed (%d): TIMEOUT is over" % status
+    )
     for pid in pids.read_text().split():
         wait_until(lambda pid=pid: not is_running(pid))
 
@@ -89,6 +91,24 @@ def test_who_has_the_lock_is_told(activate, shell):
         result.last,
     ), result
     assert "slave-activate: process %d has it since" % holder.pid in result.err.split("\n")[1]
+
+
+def test_a_kill_of_the_shell_ends_its_git_soon(activate, http_upstream):
+    """By what keeps its time, which sees that it is gone."""
+    activate.settings.update(BASE_URL=http_upstream.url, TIMEOUT="100")
+    http_upstream.fault = "hang"
+    process = activate.start("r")
+    wait_until(lambda: http_upstream.requests)
+    gits = [pid for pid in pids_in_session(process.pid) if b"git" in cmdline(pid)]
+    assert gits
+    process.kill()
+    process.communicate()
+    wait_until(lambda: not [pid for pid in gits if is_running(pid)], timeout=20)
+
+
+def pids_in_session(session):
+    listing = subprocess.check_output(["ps", "-o", "pid=", "--sid", str(session)])
+    return [int(pid) for pid in listing.split()]
 
 
 def test_a_kill_leaves_the_lock_free(activate):

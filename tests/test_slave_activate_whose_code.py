@@ -1,7 +1,10 @@
 """Whose code goes live: of a hash, only what upstream has in a branch or tag, or the old clone."""
 
+import functools
 import hashlib
+import http.server
 import random
+import threading
 
 import pytest
 from activate_support import Activate, git, snapshot
@@ -152,3 +155,51 @@ def test_a_tag_that_a_branch_hides_and_a_branch_that_a_tag_does(activate, repo, 
     for ref in ("refs/heads/only-tag", "refs/tags/side", "refs/heads/nowhere"):
         result = activate("r", ref)
         assert (result.status, " not found in upstream origin" in result.last) == (1, True), result
+
+
+class DumbServer(http.server.ThreadingHTTPServer):
+    """Files of a folder, as any web server has them: git fetches whole packs from it."""
+
+    def __init__(self, folder):
+        handler = functools.partial(QuietHandler, directory=str(folder))
+        super().__init__(("127.0.0.1", 0), handler)
+        self.url = "http://127.0.0.1:%d" % self.server_port
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        """Say nothing."""
+
+
+def test_what_came_along_in_a_pack_does_not_go_live(activate, repo, upstream, stranger):
+    repo.git("repack", "-a", "-d", "-q")
+    repo.git("update-server-info")
+    server = DumbServer(upstream.folder)
+    activate.settings["BASE_URL"] = server.url
+    try:
+        for args in (("r", stranger), ("--commit", stranger, "r"), ("r", stranger[:9])):
+            refused(activate, stranger, server.url + "/r.git", *args)
+        assert activate.good("r", repo.head("main^"))[0] == repo.head("main^")
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_tree_is_no_commit_and_costs_no_whole_clone(activate, repo, http_upstream):
+    activate.good("r")
+    url = http_upstream.url + "/r.git"
+    http_upstream.bytes_sent = 0
+    for name in ("main^{tree}", "main:f"):
+        commit = repo.git("rev-parse", name)
+        refused(activate, commit, url, "r", commit)
+        refused(activate, commit, url, "--commit", commit, "r")
+    assert http_upstream.bytes_sent < 20000
+
+
+@pytest.mark.parametrize("digits", [7, 40])
+def test_a_commit_of_an_empty_upstream(activate, upstream, http_upstream, digits):
+    upstream.create("empty", {})
+    url = http_upstream.url + "/empty.git"
+    refused(activate, "1" * 7, url, "empty", "1" * digits)
+    refused(activate, "1" * 7, url, "--commit", "1" * 40, "empty")

@@ -104,6 +104,68 @@ def test_no_credentials_of_a_url_are_printed(activate, http_upstream, tmp_path, 
     assert (result.status, SECRET in result.err) == (1, False), result
 
 
+@pytest.mark.parametrize("password", ["pw/%s", "1/2%s", "a@%s", "pw:%s"])
+def test_a_password_that_makes_a_bad_url_is_not_printed(activate, password):
+    base = "http://user:%s@127.0.0.1:1/x" % (password % SECRET)
+    result = activate("r", env={"SERVER_UPDATE_BASE_URL": base})
+    assert (result.status, SECRET in result.err) == (1, False), result
+
+
+@pytest.mark.parametrize("kind", ["fifo", "/dev/zero"])
+def test_settings_that_are_no_file(activate, tmp_path, kind):
+    path = kind
+    if kind == "fifo":
+        path = str(tmp_path / "fifo")
+        os.mkfifo(path)
+    result = activate("r", env={"SERVER_UPDATE_CONF": path}, timeout=10)
+    assert (result.status, result.last) == (
+        2,
+        "slave-activate: can't read '%s': it is no file" % path,
+    )
+
+
+def test_a_lock_that_is_a_link(activate, tmp_path):
+    activate.state.mkdir(parents=True)
+    (tmp_path / "theirs").write_text("theirs")
+    (activate.state / "r.lock").symlink_to(tmp_path / "theirs")
+    result = activate("r")
+    assert (result.status, (tmp_path / "theirs").read_text()) == (1, "theirs"), result
+
+
+def test_a_url_that_git_knows_nothing_of(activate):
+    result = activate("r", env={"SERVER_UPDATE_BASE_URL": "foo://x/y"})
+    assert "'remote-foo' is not a git command" in result.last
+    assert result.last.endswith("see BASE_URL")
+
+
+def test_an_immutable_live_folder(activate, repo):
+    activate.good("r")
+    if os.getuid() or subprocess.call(["chattr", "+i", str(activate.live())]):
+        pytest.skip("immutable files need root and a filesystem that has them")
+    try:
+        result = activate("r")
+    finally:
+        subprocess.call(["chattr", "-i", str(activate.live())])
+    assert (result.status, "is it immutable?" in result.last) == (1, True), result
+
+
+def test_a_mount_on_the_folder_for_the_new_clone(activate, tmp_path):
+    activate.good("r")
+    (activate.state / "r.new").mkdir()
+    mount = "mount -t tmpfs tmpfs '%s/r.new'" % activate.state
+    result = activate("r", prefix=in_mounts(mount))
+    assert (result.status, "a filesystem is mounted at" in result.last) == (1, True), result
+
+
+def test_a_submodules_commit_that_is_nowhere(activate, repo, upstream, http_upstream):
+    upstream.create("one", {"s": "1"})
+    activate.settings["BASE_URL"] = http_upstream.url
+    text = '[submodule "one"]\n\tpath = one\n\turl = ../one.git\n'
+    repo.commit({".gitmodules": text, "one": ("160000", "1" * 40)})
+    result = activate("r")
+    assert "submodule path 'one'" in result.last and "1" * 40 in result.last, result
+
+
 def test_another_filesystem_is_said_in_words(activate, repo, tmp_path):
     """EXDEV, as of a folder that is part of a container's image; EBUSY."""
     if not shutil.which("strace"):
