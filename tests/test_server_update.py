@@ -482,7 +482,7 @@ def test_causes_are_folded_with_the_worst_last_and_names_are_limited(server_upda
         result(server_update, "ok", message=""),
         result(server_update, "aside", message="an old tree is set aside"),
         result(server_update, "hooked", "hook failed", message="no nginx"),
-        result(server_update, "asked", message="since 2026"),
+        result(server_update, "asked", message="since 2026-11-25 10:00:00Z"),
     ]
     lines = server_update.format_causes(results)
     assert lines[:8] == [
@@ -497,6 +497,11 @@ def test_causes_are_folded_with_the_worst_last_and_names_are_limited(server_upda
     ]
     assert lines[8] == ("250 unreachable: refused", "unreachable")
     assert lines[9][0].startswith("    web[0,2,4,") and lines[9][0].endswith("398], and 50 more")
+    times = ["update failed 2026-11-25 10:00:0%dZ: no net" % n for n in range(9)]
+    failed = [
+        result(server_update, "web%d" % n, "failed", message=told) for n, told in enumerate(times)
+    ]
+    assert server_update.format_causes(failed)[0] == ("9 failed: update failed: no net", "failed")
     many = [result(server_update, "web%d" % n, "failed", message=str(n)) for n in range(1000)]
     *lines, (last, _) = server_update.format_causes(many)
     assert len(lines) == 100

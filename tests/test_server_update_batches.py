@@ -145,7 +145,11 @@ def test_at_once_begins_no_more_where_too_many_are_not_good(farm, update):
     done = update(entries, "--json", "--at-once", "2", "--max-fail", "1", "--parallel", "8")
     assert done.returncode == 1
     assert [done.outcomes[entry] for entry in entries] == [
-        "live", "hook failed", "hook failed", "not started", "not started",
+        "live",
+        "hook failed",
+        "hook failed",
+        "not started",
+        "not started",
     ]
     assert done.stderr == (
         "server-update: stopped after 3 of 5 slaves: 2 not good, 2 not started\n"

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from farm import COMMIT, PREVIOUS, Farm, error, raw, updates
+from farm import COMMIT, PREVIOUS, Farm, at_once, error, http, raw, record, updates
 from terminal import Run
 
 FOLDER = Path(__file__).resolve().parent / "transcripts"
@@ -209,3 +209,69 @@ def test_ten_thousand_one_by_one(shown):
     start, *results, summary = map(json.loads, lines)
     assert (start["slaves"], len({one["slave"] for one in results})) == (MANY, MANY)
     assert summary["outcomes"] == {"refused": 250, "signalled": 9750}
+
+
+# Outcomes between good and bad, and other questions.
+
+
+def told_history(*records):
+    """A kind that answers the question for the last updates."""
+    body = json.dumps({"repo": "hanuman", "updates": records})
+    return lambda request: at_once(http("200 OK", body))
+
+
+AT = 1700000000  # 2023-11-14 22:13:20Z
+RELAY = {"live": 298, "unreachable": 2}
+STORIES = {  # name: what the slaves do, the options
+    "outcomes": (
+        [
+            updates(hook=None),
+            updates(hook=1, message="nginx: [emerg] bad config in line 7"),
+            updates(hook=None, beneath=RELAY, message="beneath: 298 live, 2 unreachable"),
+            raw(http("200 OK", "<h1>Log in</h1>", "text/html")),
+            updates(hook=None, pin=None, ref="v2"),
+        ],
+        [],
+    ),
+    "canary": (
+        [updates(hook=1, message="nginx: [emerg] bad config in line 7")]
+        + [updates(hook=None)] * 6,
+        ["--batch", "1,2"],
+    ),
+    "status": (
+        [
+            updates(hook=None, finished=AT),
+            updates(hook=1, finished=AT, message="nginx: [emerg] bad config in line 7"),
+            updates(hook=None, finished=AT, commit=None),
+            updates(state="failed", finished=AT, commit=PREVIOUS, message="no space left"),
+            updates(state="running", finished=None),
+            updates(hook=None, finished=AT, commit=PREVIOUS),
+            error("404 Not Found", "no such update was asked for here"),
+        ],
+        ["--status"],
+    ),
+    "history": (
+        [
+            told_history(
+                record(requested=AT, by="anna@master", note="for the fair", hook=None),
+                record("failed", requested=AT - 90, by="relay", message="no space left", ref="v2"),
+                record(requested=AT - 4000, by=None),
+            ),
+            error("404 Not Found", "no such update was asked for here"),
+            raw(b"oops"),
+        ],
+        ["--history"],
+    ),
+}
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize("name", STORIES)
+def test_a_story(farm, tmp_path, name, output):
+    kinds, options = STORIES[name]
+    entries = [farm.add(kind) for kind in kinds]
+    one = Shown(tmp_path / "run", entries, output, options, {})
+    if OUTPUTS[output] is None:
+        one.text = one.errors + one.text
+    assert one.text == golden("%s-%s" % (name, output), one.text)
+    assert one.code == 1
