@@ -656,7 +656,8 @@ class Journal:
         for name in os.listdir(folder):
             if name.endswith(".json"):
                 self.load(name[:-len(".json")])
-        start_thread(self.write_changes)
+        # It certainly runs from here on: without it no signal would ever get an answer.
+        threading.Thread(target=self.write_changes, daemon=True).start()
 
     def take(self):
         """Makes the state folder, where it is gone, and takes it for this process alone.
@@ -717,10 +718,11 @@ class Journal:
             except Exception as error:  # no memory, say; the next ones may have some
                 for change in batch:
                     change.failure = error
-            for change in batch:
-                change.settle()
-            with self.changed:
-                self.changed.notify_all()
+            with contextlib.suppress(MemoryError):
+                for change in batch:
+                    change.settle()
+                with self.changed:
+                    self.changed.notify_all()
 
     def take_changes(self, batch):
         """Waits for a change, and takes all that are there by then.

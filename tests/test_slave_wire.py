@@ -127,8 +127,8 @@ def test_a_post_update_hook_that_the_slave_had_to_end(start_slave):
 
 
 @pytest.fixture
-def other_user(start_slave, tmp_path):
-    """A slave of another user whose /etc/server-update is a folder of the test's."""
+def without_rights(start_slave, tmp_path):
+    """A slave whose /etc/server-update is a folder of the test's, and another user's."""
     if os.getuid() or not shutil.which("setpriv"):
         pytest.skip("needs root and setpriv")
     slave = start_slave()
@@ -139,18 +139,15 @@ def other_user(start_slave, tmp_path):
     text = script.read_text(encoding="utf-8")
     script.write_text(text.replace('"/etc/server-update', '"%s' % etc), encoding="utf-8")
     shutil.rmtree(str(slave.repos))
-    for folder in (tmp_path, *tmp_path.parents):
-        if str(folder).startswith("/tmp/") and folder.owner() == "root":
-            folder.chmod(folder.stat().st_mode | 0o011)
-    os.chown(str(slave.home), NOBODY, NOBODY)
-    slave.command = ["setpriv", "--reuid=%d" % NOBODY, "--regid=%d" % NOBODY, "--clear-groups",
-                     *slave.command]
+    os.chown(str(etc), NOBODY, NOBODY)
+    slave.command = ["setpriv", "--bounding-set=-dac_override,-dac_read_search",
+                     "--inh-caps=-all", *slave.command]
     slave.etc = etc
     return slave
 
 
-def test_a_folder_of_settings_that_cannot_be_looked_into_is_an_error(other_user):
-    slave = other_user
+def test_a_folder_of_settings_that_cannot_be_looked_into_is_an_error(without_rights):
+    slave = without_rights
     make_secret(slave.etc / "secret", SECRET)
     (slave.etc / "slave.conf").write_text("ALLOW_FROM=10.0.0.0/8\n")
     slave.etc.chmod(0o700)
@@ -160,7 +157,6 @@ def test_a_folder_of_settings_that_cannot_be_looked_into_is_an_error(other_user)
         1, "slave.py: can't use '%s': Permission denied\n" % (slave.etc / "slave.conf")
     )
     (slave.etc.parent / "conf").write_text("")
-    (slave.etc.parent / "conf").chmod(0o644)
     status, stderr = start_by_hand(
         slave, *args, SERVER_UPDATE_CONF=str(slave.etc.parent / "conf"))
     assert (status, stderr) == (
@@ -168,12 +164,9 @@ def test_a_folder_of_settings_that_cannot_be_looked_into_is_an_error(other_user)
     )
 
 
-def test_a_running_slave_that_cannot_look_refuses(other_user):
-    slave = other_user
+def test_a_running_slave_that_cannot_look_refuses(without_rights):
+    slave = without_rights
     slave.settings["HOOKS_DIR"] = ""
-    slave.conf.write_text("")
-    slave.conf.chmod(0o644)
-    slave.conf.parent.chmod(0o755)
     slave.start()
     assert slave.get("/?repo=a")[0] == 202
     slave.etc.chmod(0o700)
@@ -194,8 +187,8 @@ def test_a_running_slave_that_cannot_look_refuses(other_user):
     lambda path: path.symlink_to("nowhere"),
     lambda path: path.mkdir(),
 ])
-def test_a_secret_that_is_no_file_is_an_error(other_user, make):
-    slave = other_user
+def test_a_secret_that_is_no_file_is_an_error(without_rights, make):
+    slave = without_rights
     make(slave.etc / "secret")
     status, stderr = start_by_hand(slave, "--port", 0, "--repos-dir", slave.home / "r")
     assert status == 1
