@@ -54,19 +54,23 @@ def test_slaves_mute_after_the_signal_keep_nobody_from_being_signalled(farm, upd
 
     mutes = [farm.add(later_mute) for _ in range(16)]
     live = [farm.add(updates()) for _ in range(8)]
-    done = update(mutes + live, "--json", "--parallel=2", "--timeout=8")
+    done = update(mutes + live, "--json", "--parallel=2", "--timeout=16")
     assert done.summary["outcomes"] == {"live": 8, "timeout": 16}
     begun = {entry: farm.begun[entry.partition(":")[0]] for entry in mutes + live}
-    assert max(begun.values()) - min(begun.values()) < 8  # before any poll was given up
+    assert max(begun.values()) - min(begun.values()) < 16  # before any poll was given up
 
 
-def test_no_more_in_flight_than_parallel_where_some_stall(farm, update):
+def test_no_more_in_flight_than_parallel_where_some_stall(
+    server_update, monkeypatch, farm, capsys
+):
     """The place of one that stalled is not given to more than one."""
-    entries = [farm.add(lambda request: accepted_after(1.3)) for _ in range(40)]
-    done = update(entries, "--json", "--parallel=4", "--no-wait")
-    assert done.summary["outcomes"] == {"signalled": 40}
+    monkeypatch.setattr(server_update, "STALLED_S", 3)
+    entries = [farm.add(lambda request: accepted_after(4)) for _ in range(16)]
+    options = ["--parallel=4", "--no-wait"]
+    assert run_in_process(server_update, monkeypatch, entries, *options) == 0
+    assert "hanuman: 16 signalled of 16" in capsys.readouterr().out
     times = sorted(farm.begun[entry.partition(":")[0]] for entry in entries)
-    assert max(sum(time < other < time + 0.9 for other in times) for time in times) < 4
+    assert max(sum(time < other < time + 2 for other in times) for time in times) < 4
 
 
 def test_a_short_timeout_is_no_reason_not_to_ask(server_update, monkeypatch, farm, capsys):

@@ -471,7 +471,7 @@ def test_signals_in_the_midst_of_signals_stop_it_as_well(start_slave):
     for _ in range(5):
         for number in [SIGINT, SIGTERM] * 20:
             slave.process.send_signal(number)
-        assert slave.stop(timeout=10) == 0
+        assert slave.stop(timeout=40) == 0
         slave.start()
 
 

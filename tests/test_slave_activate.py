@@ -120,7 +120,7 @@ def test_busyboxs_tools_are_enough(activate, upstream, tmp_path):
     new = repo.commit({"d/f": None})
     process = activate.start("r", prefix=prefix, env=env)
     process.terminate()
-    process.communicate(timeout=10)
+    process.communicate(timeout=60)
     assert activate.good("r", prefix=prefix, env=env)[0] == new
 
 
@@ -338,7 +338,7 @@ def test_an_upstream_that_wants_a_user_name_fails_at_once(activate, upstream, ht
     prompt.write_text("#!/bin/sh\ntouch %s/asked; echo x\n" % activate.bin)
     prompt.chmod(0o755)
     env = {"GIT_ASKPASS": str(prompt), "SSH_ASKPASS": str(prompt), "DISPLAY": ":0"}
-    result = activate("r", env=env, timeout=10)
+    result = activate("r", env=env, timeout=60)
     assert (result.status, result.last) == (
         1,
         "slave-activate: could not read Username for '%s': terminal prompts disabled; "
@@ -424,7 +424,7 @@ def test_what_a_hook_has_started_lives_on_and_holds_nothing(activate, upstream, 
     assert process.wait(30) == 0
     daemon = int(pid.read_text())
     try:
-        assert activate.good("r", timeout=10)
+        assert activate.good("r", timeout=60)
         assert os.path.exists("/proc/%d" % daemon)
         fds = [
             os.readlink("/proc/%d/fd/%s" % (daemon, fd))
@@ -469,7 +469,7 @@ def test_other_repositories_do_not_wait(activate, upstream):
         assert slow.poll() is None
     finally:
         os.killpg(slow.pid, 15)
-        slow.communicate(timeout=10)
+        slow.communicate(timeout=60)
 
 
 def test_nobody_reading_its_output_changes_nothing(activate, upstream):

@@ -33,7 +33,7 @@ def test_an_upstream_that_hangs(activate, http_upstream, shell):
     first, _ = activate.good("r", env={"SERVER_UPDATE_TIMEOUT": "60"})
     before = snapshot(activate.live())
     http_upstream.fault = "hang"
-    result = activate("r", prefix=shell.split(), timeout=15)
+    result = activate("r", prefix=shell.split(), timeout=40)
     assert (result.status, result.out) == (1, ""), result
     assert result.last.startswith("slave-activate: TIMEOUT (2 s) is over; ")
     assert (snapshot(activate.live()), activate.leftovers()) == (before, [])
@@ -42,7 +42,7 @@ def test_an_upstream_that_hangs(activate, http_upstream, shell):
 @pytest.mark.parametrize("shell", SHELLS)
 def test_a_pre_update_that_hangs(activate, shell):
     activate.hook("pre-update", "echo thinking; sleep 60\n")
-    result = activate("r", prefix=shell.split(), timeout=15)
+    result = activate("r", prefix=shell.split(), timeout=40)
     assert (result.status, result.out) == (1, ""), result
     assert "TIMEOUT (2 s) is over" in result.err
     assert result.last == "slave-activate: pre-update hook failed (143): thinking"
@@ -79,7 +79,7 @@ def test_who_has_the_lock_is_told(activate, shell):
     activate.hook("pre-update", "touch %s; sleep 60\n" % marker)
     holder = activate.start("r", env={"SERVER_UPDATE_TIMEOUT": "100"})
     wait_until(marker.exists)
-    result = activate("r", prefix=shell.split(), timeout=15)
+    result = activate("r", prefix=shell.split(), timeout=40)
     holder.terminate()
     assert finish(holder, 10).status == 1
     lock = activate.state / "r.lock"
@@ -137,7 +137,7 @@ def test_the_settings_file_has_it_too(activate, http_upstream, tmp_path):
     activate.settings["CONF"] = str(tmp_path / "slave.conf")
     activate.settings["BASE_URL"] = http_upstream.url
     http_upstream.fault = "hang"
-    assert "TIMEOUT (1 s) is over" in activate("r", timeout=15).last
+    assert "TIMEOUT (1 s) is over" in activate("r", timeout=40).last
 
 
 # -- leftovers ---------------------------------------------------------------------------

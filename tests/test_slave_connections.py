@@ -21,7 +21,7 @@ SLOW_S = 13  # longer than a header may take
 REFUSALS = 1500
 
 
-def connect(port, timeout=10):
+def connect(port, timeout=60):
     return socket.create_connection(("127.0.0.1", port), timeout)
 
 

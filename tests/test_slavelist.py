@@ -5,8 +5,6 @@ import time
 import pytest
 from product import ROOT
 
-LIMIT_10K_S = 0.2
-
 
 @pytest.mark.parametrize(
     ("entry", "origin", "path", "query"),
@@ -136,14 +134,19 @@ def test_what_could_be_two_slaves_is_two(server_update, spellings):
     assert len(server_update.parse_slavelists([("l", "\n".join(spellings).encode())])) == 2
 
 
-def test_ten_thousand_lines_are_read_at_once(server_update):
-    data = b"".join(b"web%d.example.com:8080  # rack %d\n" % (n, n % 7) for n in range(10000))
-    times = []
-    for _ in range(3):
-        begun = time.perf_counter()
-        assert len(server_update.parse_slavelists([("l", data)])) == 10000
-        times.append(time.perf_counter() - begun)
-    assert min(times) < LIMIT_10K_S
+def test_ten_thousand_lines_take_some_ten_times_as_long_as_a_thousand(server_update):
+    """Of the processor's time; what compares each line with each would take a hundred times."""
+
+    def shortest_s(lines):
+        data = b"".join(b"web%d.example.com:8080  # rack %d\n" % (n, n % 7) for n in range(lines))
+        times = []
+        for _ in range(5):
+            begun = time.process_time()
+            assert len(server_update.parse_slavelists([("l", data)])) == lines
+            times.append(time.process_time() - begun)
+        return min(times)
+
+    assert shortest_s(10000) < 40 * shortest_s(1000)
 
 
 def test_limit_takes_the_entries_that_match(server_update, tmp_path):
