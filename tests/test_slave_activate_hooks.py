@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import sys
 
 import pytest
 from activate_support import Activate, as_another_user, finish, snapshot
@@ -286,3 +287,29 @@ def test_overwritten_in_place_while_it_runs_it_runs_nothing_new(activate, repo, 
     assert activate("r", prefix=shell.split()).status == 0
     assert not pwned.exists()
     assert "touch" in activate.script.read_text()[-len(str(pwned)) - 10 :]
+
+
+NO_PROCESSES = """
+import os, resource, subprocess, sys
+live, script = sys.argv[1:3]
+before = os.stat(live).st_ino
+process = subprocess.Popen(sys.argv[2:])
+while os.stat(live).st_ino == before and process.poll() is None:
+    pass
+resource.prlimit(process.pid, resource.RLIMIT_NPROC, (0, 0))
+sys.exit(process.wait())
+"""
+
+
+@pytest.mark.parametrize("shell", ["dash", "bash"])
+def test_a_host_that_has_no_processes_left_after_the_exchange(activate, repo, shell):
+    """It is live, the hook has not run, and no shell's own exit status says anything else."""
+    prefix = as_another_user(activate)
+    assert activate("r", prefix=prefix).status == 0
+    second = repo.commit({"f": "2"})
+    activate.hook("post-update", "touch ran\n")
+    watch = [sys.executable, "-c", NO_PROCESSES, str(activate.live()), shell]
+    result = activate("r", prefix=prefix + watch, timeout=120)
+    assert activate.head() == second
+    assert (result.status, result.out.split()[1]) == (3, second), result
+    assert result.last.startswith("slave-activate: live, but post-update hook failed ("), result
