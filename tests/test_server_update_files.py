@@ -61,6 +61,14 @@ def test_write_failed_is_a_list_of_exactly_those_not_live(farm, update, tmp_path
     assert failed.read_text() == ""
 
 
+def test_what_is_pasted_cannot_read_standard_input_again(farm, run_script):
+    """No command is offered that would wait for a list that nobody types."""
+    entries = "%s\n%s\n" % (farm.add(updates()), farm.add(error("403 No")))
+    done = run_script("server-update", "--list", "-", "hanuman", input=entries)
+    assert done.returncode == 1
+    assert "\nto " not in done.stdout
+
+
 def test_a_mistake_in_the_list_sends_nothing(farm, update):
     done = update([farm.add(updates()), "web2:80x", "a b"])
     assert (done.returncode, done.stdout, farm.requests) == (2, "", [])
