@@ -539,6 +539,9 @@ def decode_record(repo, fields):
     # Fields that a newer version has added are passed over.
     known = {key: fields[key] for key in Record._fields if key in fields}
     record = Record(**known)
+    # A newer version may be at more than this one knows: what it was at is begun again.
+    if record.state not in ("queued", "running", "live", "failed") and not record.finished:
+        record = record._replace(state="running")
     check_record(repo, record)
     return record._replace(update=int(record.update))
 
@@ -1322,7 +1325,7 @@ class Updater:
 
     def find(self, repo, update):
         records = self.journal.records.get(repo, Records())
-        return records.find(update) if update else records.newest()
+        return records.newest() if update is None else records.find(update)
 
     def wait_for_end(self, repo, update, wait_s):
         """Blocks until an update has ended or the slave stops, `wait_s` at most."""
@@ -1332,13 +1335,13 @@ class Updater:
         with self.journal.changed:
             self.journal.changed.wait_for(has_ended, wait_s)
 
-    def status(self, repo, update=0):
+    def status(self, repo, update=None):
         """What /status tells of an update, or of the newest one; None where there is none."""
         self.forget_removed(repo)
         record = self.find(repo, update)
         if not record:
             return None
-        if record == self.find(repo, 0):
+        if record == self.find(repo, None):
             # Somebody may have put another commit live by hand, or removed the tree.
             record = record._replace(commit=read_live_commit(os.path.join(self.repos, repo)))
         return told(record)
@@ -1632,14 +1635,17 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         location = "/status?repo=%s&update=%d" % (repo, record.update)
         self.send(202, told, ("Location", location))
 
-    def answer_status(self, repo=None, update="0", wait="0", history="0", **_):
+    def answer_status(self, repo=None, update=None, wait="0", history="0", **_):
         """One repository's record, once it has ended or `wait` seconds are over; or all."""
         updater = self.server.updater
         if repo is None:
             self.send(200, self.all_status())
             return
+        if repo in updater.journal.unread:
+            raise Refusal(503, "its record can't be read", RETRY_LATER)
         self.enter(self.FOLLOWING)
-        update = int(update)
+        if update is not None:
+            update = int(update)
         updater.wait_for_end(repo, update, min(float(wait), MAX_WAIT_S))
         told = updater.status(repo, update)
         if not told:

@@ -121,6 +121,7 @@ def test_a_record_that_cannot_be_read_now_stays_and_is_not_lost(start_slave):
     assert json.loads(body.decode()) == {
         "error": "can't record the update: its record can't be read"
     }
+    assert slave.json("/status?repo=hanuman", status=503) == {"error": "its record can't be read"}
     assert slave.wait_update("other")["state"] == "live", "others are as they were"
     assert slave.log().count("can't be read now") == 1
     path.chmod(0o600)
@@ -147,6 +148,16 @@ def test_what_a_newer_version_wrote_keeps_what_this_one_understands(start_slave)
     slave.stop()
     earlier = [{"repo": "hanuman", "update": 5, "state": "rolled back", "why": ["x"]}, 7]
     (slave.state / "hanuman.json").write_text(queued_record(earlier=earlier, shade="new"))
+    slave.start()
+    assert slave.wait_update(update=1000)["state"] == "live"
+    assert not list(slave.state.glob("*.broken"))
+
+
+def test_an_update_at_something_that_this_version_does_not_know_is_begun_again(start_slave):
+    slave = start_slave()
+    stand_in(slave)
+    slave.stop()
+    (slave.state / "hanuman.json").write_text(queued_record(state="relaying", started=1.0))
     slave.start()
     assert slave.wait_update(update=1000)["state"] == "live"
     assert not list(slave.state.glob("*.broken"))
@@ -364,7 +375,8 @@ def test_an_id_that_is_no_longer_remembered_is_404(start_slave):
     first = slave.wait_update()["update"]
     for _ in range(10):
         last = slave.wait_update()["update"]
-    slave.json("/status?repo=hanuman&update=%d" % first, status=404)
+    for update in (first, 0):
+        slave.json("/status?repo=hanuman&update=%d" % update, status=404)
     assert slave.json("/status?repo=hanuman&update=%d" % last)["update"] == last
     slave.stop()
     slave.start()
