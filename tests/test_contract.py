@@ -336,7 +336,8 @@ def test_a_live_slave_is_signalled_once_and_followed(update_one):
     ],
 )
 def test_each_answer_has_its_outcome(update_one, answers, status, outcome, message):
-    got = update_one(answers, "--timeout", "2", "--retries", "0")
+    timeout_s = "2" if outcome == "timeout" else "60"
+    got = update_one(answers, "--timeout", timeout_s, "--retries", "0")
     assert (got[0], got[1]["outcome"]) == (status, outcome)
     assert message in got[1]["message"]
 

@@ -191,10 +191,14 @@ def asked(request):
     return parse_qs(urlsplit(request.path).query)
 
 
+def signals_of(farm):
+    """The signals, in their order; polls come in between."""
+    return [one for one in farm.requests if not one.path.startswith("/status")]
+
+
 def pins_asked(farm):
     """The commits of the signals, in their order."""
-    signals = [one for one in farm.requests if not one.path.startswith("/status")]
-    return [asked(one).get("commit", [None])[0] for one in signals]
+    return [asked(one).get("commit", [None])[0] for one in signals_of(farm)]
 
 
 @pytest.mark.parametrize("pace", ["--batch=1", "--at-once=1", "--batch=1,2"])
@@ -255,7 +259,7 @@ def test_who_asked_and_why_goes_to_each_slave(farm, update, tmp_path):
     entries = [farm.add(updates()), farm.add(updates())]
     env = {"SERVER_UPDATE_BY": "", "SERVER_UPDATE_NOTE": "from above", "SUDO_USER": "anna"}
     assert update(entries, env=env).returncode == 0
-    for request in farm.requests[:2]:
+    for request in signals_of(farm):
         parameters = asked(request)
         assert parameters["by"] == ["anna@" + socket.gethostname()]
         assert parameters["note"] == ["from above"]
@@ -264,7 +268,7 @@ def test_who_asked_and_why_goes_to_each_slave(farm, update, tmp_path):
     via = "0123456789abcdef,fedcba9876543210"
     env = {"SERVER_UPDATE_BY": "ü@m", "SERVER_UPDATE_NOTE": "x", "SERVER_UPDATE_VIA": via}
     assert update(entries, "--note", "1+1 = 2", env=env).returncode == 0
-    for request in farm.requests[:2]:
+    for request in signals_of(farm):
         assert request.path == (
             "/?repo=hanuman&by=%C3%BC%40m&note=1%2B1%20%3D%202"
             "&via=0123456789abcdef%2Cfedcba9876543210"

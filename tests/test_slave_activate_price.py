@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import resource
 import statistics
 import subprocess
@@ -175,5 +176,7 @@ def test_a_tiny_update_starts_few_programs(activate, upstream, tmp_path):
     activate.good("r")
     log = tmp_path / "trace"
     activate.good("r", prefix=["strace", "-f", "-qq", "-e", "trace=execve", "-o", str(log)])
-    started = [line for line in log.read_text().split("\n") if "= 0" in line]
+    lines = [line for line in log.read_text().split("\n") if "= 0" in line]
+    # What is flushed meanwhile is more often the slower the machine is.
+    started = [line for line in lines if not re.search(r'"[^"]*/(sleep|sync)"', line)]
     assert 10 < len(started) <= 30, started
