@@ -15,6 +15,11 @@ SOURCES = Path(
     os.environ.get("SERVER_UPDATE_SOURCES", str(ROOT))
 )  # broken copies, see tests/faults
 PYTHON = os.path.realpath(sys.executable)  # the scripts run under the Python that runs the tests
+SHELLS = [  # for every day one of them
+    "dash",
+    pytest.param("busybox ash", marks=pytest.mark.slow),
+    pytest.param("bash", marks=pytest.mark.slow),
+]
 SERVER_UPDATE = [PYTHON, "-I", str(SOURCES / "server-update")]
 
 

@@ -255,6 +255,7 @@ def quoted(text):
     return "".join("%%%02X" % byte for byte in text.encode("utf-8"))
 
 
+@pytest.mark.slow
 def test_names_are_judged_alike_by_all_three(server_update, slave, start_slave, run_script):
     running = start_slave()
     for name in BAD_NAMES:

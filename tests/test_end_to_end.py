@@ -333,6 +333,7 @@ def test_the_demo_shows_both_commits_and_leaves_nothing(tmp_path):
     assert processes_below(tmp_path) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["ctrl-c", "kill", "nobody reads"])
 def test_the_demo_leaves_nothing_however_it_ends(tmp_path, end):
     process = start_demo(tmp_path, subprocess.DEVNULL)

@@ -11,10 +11,9 @@ import sys
 
 import pytest
 from processes import wait_until
-from product import PYTHON, SOURCES, copy_scripts, need
+from product import PYTHON, SHELLS, SOURCES, copy_scripts, need
 
 SCRIPTS = ("install.sh", "server-update", "slave.py", "slave-activate", "slavelist.txt")
-SHELLS = ("dash", "busybox ash", "bash")
 KILL_POINTS = 9  # at how many of its commands an install is killed
 AT_ONCE = 6
 MAX_EXPOSURE = 4.0
@@ -145,6 +144,7 @@ def test_a_staged_master_is_these_files(installer, as_user, shell):
     assert text.endswith("\nweb1\n[::1]:80\n")
 
 
+@pytest.mark.slow
 def test_a_second_run_changes_nothing_and_says_so(installer):
     for args in (["slave", "--serve", "/srv/a page"], ["master", "web1", "--new-secret"]):
         installer.check(*args)
@@ -283,6 +283,7 @@ def test_uninstall_leaves_settings_and_what_is_not_ours(installer):
     assert "Nothing had to be changed" in installer.check("uninstall")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("role", ["slave", "master", "uninstall"])
 def test_a_dry_run_tells_every_action_and_does_none(installer, role):
     if role == "uninstall":
@@ -303,6 +304,7 @@ def test_a_dry_run_tells_every_action_and_does_none(installer, role):
 # --- somebody's own folder, with blanks everywhere ---
 
 
+@pytest.mark.slow
 def test_without_root_from_nothing_to_an_update(installer, as_user, upstream, tmp_path):
     commit = upstream.create("hanuman", files={"file": "one\n"}).head()
     home = tmp_path / "my home"
@@ -698,6 +700,7 @@ def make_wrappers(folder):
     return str(folder) + os.pathsep + os.environ["PATH"]
 
 
+@pytest.mark.slow
 def test_killed_at_any_command_the_next_run_completes(installer, tmp_path):
     path, count = make_wrappers(tmp_path / "tools"), tmp_path / "count"
     wanted = Installer(tmp_path / "reference")
@@ -724,6 +727,7 @@ def test_killed_at_any_command_the_next_run_completes(installer, tmp_path):
                 assert (installer.stage / name).read_bytes() == (wanted.stage / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_many_at_once_end_in_one_whole_install(installer, tmp_path):
     newer = Installer(tmp_path / "newer")
     newer.stage = installer.stage

@@ -199,6 +199,7 @@ def test_the_truth_passes(check, name):
     assert check(name, TEXT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LIES)
 def test_a_lie_is_found(check, name):
     function, code, found_by = LIES[name]

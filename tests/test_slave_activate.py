@@ -7,8 +7,8 @@ import subprocess
 import pytest
 from activate_support import git
 from processes import wait_until
+from product import SHELLS
 
-SHELLS = ["dash", "busybox ash", "bash"]
 BAD_REPOS = [
     "-oProxyCommand=x",
     "--upload-pack=touch x",

@@ -12,7 +12,7 @@ import time
 import pytest
 from activate_support import Activate, finish, git, snapshot
 from processes import descendants, is_alive, kill, wait_until
-from product import need
+from product import SHELLS, need
 
 KILLS = 100  # kill -9 at random moments: of the shell, of its git, of the whole group
 TERMS = 20  # TERM at evenly spaced moments of a run
@@ -121,7 +121,7 @@ def test_term_at_every_stage(activate, upstream):
     assert interrupted > TERMS / 4
 
 
-@pytest.mark.parametrize("shell", ["dash", "busybox ash", "bash"])
+@pytest.mark.parametrize("shell", SHELLS)
 def test_term_while_upstream_hangs(activate, upstream, http_upstream, shell):
     upstream.create("r")
     first, _ = activate.good("r")
@@ -168,7 +168,7 @@ def commands(pids):
     return "\n".join(found)
 
 
-@pytest.mark.parametrize("shell", ["dash", "busybox ash", "bash"])
+@pytest.mark.parametrize("shell", SHELLS)
 def test_nothing_of_the_callers_is_held_after_its_end(activate, upstream, shell):
     """Such as the lock of flock(1), in descriptor 3, or a pipe that somebody reads to its end."""
     upstream.create("r")

@@ -8,8 +8,8 @@ import sys
 import pytest
 from activate_support import Activate, as_another_user, finish, snapshot
 from processes import wait_until
+from product import SHELLS
 
-SHELLS = ["dash", "busybox ash", "bash"]
 
 
 @pytest.fixture
@@ -301,6 +301,7 @@ sys.exit(process.wait())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shell", ["dash", "bash"])
 def test_a_host_that_has_no_processes_left_after_the_exchange(activate, repo, shell):
     """It is live, the hook has not run, and no shell's own exit status says anything else."""

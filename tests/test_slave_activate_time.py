@@ -10,8 +10,8 @@ import sys
 import pytest
 from activate_support import Activate, finish, snapshot
 from processes import wait_until
+from product import SHELLS
 
-SHELLS = ["dash", "busybox ash", "bash"]
 PR_SET_CHILD_SUBREAPER = 36
 
 

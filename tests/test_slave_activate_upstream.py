@@ -85,11 +85,12 @@ def test_the_pauses_are_real_and_not_all_alike(activate, repo, http_upstream):
 
 
 def test_without_time_it_is_not_asked_again(activate, repo, http_upstream):
-    activate.settings["TIMEOUT"] = "2"
+    activate.settings["TIMEOUT"] = "1"  # the shortest pause takes that long
     forget(http_upstream)
     http_upstream.fault = "503"
     result = activate("r")
-    assert (result.status, len(http_upstream.requests)) == (1, 1), result
+    assert (result.status, "asking again" in result.err) == (1, False), result
+    assert len(http_upstream.requests) <= 1
 
 
 @pytest.mark.parametrize("fault", ["401", "403", "404"])

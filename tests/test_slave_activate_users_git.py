@@ -7,8 +7,8 @@ import subprocess
 
 import pytest
 from activate_support import Activate, as_another_user, git
+from product import SHELLS
 
-SHELLS = ["dash", "busybox ash", "bash"]
 REFUSING = '#!/bin/sh\necho "args: $*" >&2\necho "Permission denied (publickey)." >&2\nexit 255\n'
 
 

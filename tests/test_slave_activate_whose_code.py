@@ -8,8 +8,8 @@ import threading
 
 import pytest
 from activate_support import Activate, git, snapshot
+from product import SHELLS
 
-SHELLS = ["dash", "busybox ash", "bash"]
 
 
 @pytest.fixture

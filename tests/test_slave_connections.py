@@ -107,6 +107,7 @@ def spoil(port, dice, request):
             reset(connection)
 
 
+@pytest.mark.slow
 def test_a_long_day(start_slave, tmp_path):
     """Requests of all kinds; then there are as many files, threads and bytes as at the start."""
     page = tmp_path / "page.html"
