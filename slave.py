@@ -12,6 +12,14 @@ the last of these wins. SIGHUP reads the TLS certificate again. Exit status: 0 s
 or SIGINT, 1 could not start, 2 usage or settings.
 """
 
+import os
+import signal
+
+if __name__ == "__main__":  # there is nothing to be stopped yet, nor a certificate to be read
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    signal.signal(signal.SIGINT, lambda *_: os._exit(0))
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
 import _thread
 import argparse
 import contextlib
@@ -22,12 +30,10 @@ import hmac
 import http.server
 import ipaddress
 import json
-import os
 import re
 import resource
 import select
 import shutil
-import signal
 import socket
 import ssl
 import stat
@@ -60,6 +66,7 @@ POLL_S = 0.02  # how often a run is asked whether it has ended
 MAX_MESSAGE_CHARS = 300
 OUTPUT_KINDS = ("slave-activate: ", "fatal: ", "error: ", "")  # what tells most comes first
 HOOK_RE = re.compile(r"live, but post-update hook failed \(([0-9]{1,3})\)")
+LEFT_RE = re.compile("can(not|'t) remove ")  # of the old tree
 OUTCOME_PATTERN = r"%s ([0-9a-f]{40,64}|-) ([0-9a-f]{40,64}|-)\n"  # slave-activate's stdout
 
 USER_RE = re.compile(r"(?<=://)[^/?#\s]*@")  # user and password of a URL
@@ -68,6 +75,7 @@ USER_RE = re.compile(r"(?<=://)[^/?#\s]*@")  # user and password of a URL
 HEADER_TIMEOUT_S = 10  # for a TLS handshake and a whole request header
 SEND_TIMEOUT_S = 30  # for a peer to take anything
 CLOSE_TIMEOUT_S = 1  # for a peer to see the end of an answer
+PEER_S = 1  # how often is looked whether who follows an update is still there
 MAX_LINE_BYTES = 8192  # of a request, and of what slave-activate says
 MAX_HEADER_BYTES = 16384
 MAX_CONNECTIONS = 256  # fewer where files are short, as these are kept for all else:
@@ -81,9 +89,11 @@ MAX_STATUS_BYTES = 1000000  # server-update reads a little more
 VIA_RE = re.compile("[0-9a-f]{16}(,[0-9a-f]{16}){0,7}")  # ids of at most 8 relays
 TEND_S = 0.5  # how often late connections are dropped
 IDLE_S = 0.1  # a thread that has no connection to serve for so long ends
+LOG_PATIENCE_MS = 1000  # for the log's reader to take a line
 RETRY_LATER = ("Retry-After", "2")
 
 HEADER_LINE_RE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*\r?\n")  # RFC 9110
+HEALTHZ_RE = re.compile(r"(GET|HEAD) (https?://[^/?]*)?/healthz[ ?]", re.I)
 ORIGIN_RE = re.compile("^https?://[^/?]*", re.I)  # of a target as proxies send it
 
 # Signatures
@@ -180,12 +190,34 @@ def reason(error):
     return error.strerror or str(error)
 
 
+class Stderr:
+    """Standard error, whose reader may stop reading: what it doesn't take in time is lost."""
+
+    def __init__(self):
+        self.is_stuck = False
+
+    def write(self, line):
+        """Writes a line in bytes, in one write where it has PIPE_BUF bytes at most; OSError."""
+        ready = select.poll()
+        ready.register(2, select.POLLOUT)
+        for start in range(0, len(line), select.PIPE_BUF):
+            # A pipe that is ready takes that much. Once it is stuck, nobody waits for it again.
+            patience_ms = 0 if self.is_stuck else LOG_PATIENCE_MS
+            self.is_stuck = not ready.poll(patience_ms)
+            if self.is_stuck:
+                return
+            os.write(2, line[start:start + select.PIPE_BUF])
+
+
+STDERR = Stderr()
+
+
 def log(text, *values):
     """Writes a line to stderr, in one write, so that the lines of threads never mix."""
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ ", time.gmtime())
     line = now + escape(USER_RE.sub("", text % values)) + "\n"
     with contextlib.suppress(OSError):  # nobody reads the log: no reason to stop updating
-        os.write(2, line.encode("utf-8", "backslashreplace"))
+        STDERR.write(line.encode("utf-8", "backslashreplace"))
 
 
 def start_thread(function):
@@ -853,7 +885,7 @@ def read_live_commit(tree):
                 text = read_ref(git, text[len(b"ref: "):])
         if not HASH_RE.fullmatch(text.decode("ascii", "replace")):
             text = ask_git(git)
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, ValueError, subprocess.SubprocessError):  # ValueError: a path with a NUL
         return None
     commit = text.decode("ascii", "replace")
     return commit if HASH_RE.fullmatch(commit) else None
@@ -992,20 +1024,27 @@ def last_words(said):
     return ""
 
 
+def say_outcome(status, is_told, words, late_after_s):
+    """The message of a record; `is_told` is whether slave-activate said what is live."""
+    if late_after_s:
+        message = "stopped as it took longer than %d s (TIMEOUT)" % late_after_s
+        if words:
+            message += ", and had said: " + words
+        return message
+    if status == 0 and not is_told:
+        return "slave-activate did not say which commit is live"
+    # Of an update that went well only what it left behind is worth a word.
+    if status == 0 and not LEFT_RE.match(words):
+        return ""
+    return words or "slave-activate ended with exit status %d" % status
+
+
 def judge(repo, status, stdout, said, late_after_s=None):
     """How a run of slave-activate ended, as changes to its record; `said` is Run's."""
     # The one line of stdout says which commit is live; without it nothing is.
     match = re.fullmatch(OUTCOME_PATTERN % re.escape(repo), stdout.decode("ascii", "replace"))
     words = last_words(said)
-    message = words
-    if late_after_s:
-        message = "stopped as it took longer than %d s (TIMEOUT)" % late_after_s
-        if words:
-            message += ", and had said: " + words
-    elif status == 0:
-        message = "" if match else "slave-activate did not say which commit is live"
-    elif not words:
-        message = "slave-activate ended with exit status %d" % status
+    message = say_outcome(status, match is not None, words, late_after_s)
     message = escape(USER_RE.sub("", message))[:MAX_MESSAGE_CHARS]
     # What had gone live before the time was up is live; 3 is a post-update hook that failed.
     is_good_end = status in (0, 3) or late_after_s
@@ -1327,13 +1366,20 @@ class Updater:
         records = self.journal.records.get(repo, Records())
         return records.newest() if update is None else records.find(update)
 
-    def wait_for_end(self, repo, update, wait_s):
-        """Blocks until an update has ended or the slave stops, `wait_s` at most."""
+    def wait_for_end(self, repo, update, wait_s, check_peer):
+        """Blocks until an update has ended or the slave stops, `wait_s` at most.
+
+        Calls `check_peer`, which raises where nobody waits for the answer any more, now and then.
+        """
         def has_ended():
             record = self.find(repo, update)
             return not record or record.finished or self.told_to_stop
+        deadline = time.monotonic() + wait_s
+        left_s = wait_s
         with self.journal.changed:
-            self.journal.changed.wait_for(has_ended, wait_s)
+            while left_s > 0 and not self.journal.changed.wait_for(has_ended, min(left_s, PEER_S)):
+                check_peer()
+                left_s = deadline - time.monotonic()
 
     def status(self, repo, update=None):
         """What /status tells of an update, or of the newest one; None where there is none."""
@@ -1374,6 +1420,13 @@ def find_clone(path, repos):
     return None
 
 
+def is_content(path, clone):
+    """Whether a path is in a clone, and not in git's own folder, which knows passwords of URLs."""
+    if not path.startswith(clone + "/"):
+        return False
+    return ".git" not in path[len(clone):].lower().split("/")
+
+
 class ServedFile:
     """The file of the command line, opened freshly each time."""
 
@@ -1403,7 +1456,7 @@ class ServedFile:
                 if not stat.S_ISREG(os.fstat(handle).st_mode):
                     raise FileNotFoundError("not a file")
                 name = "/proc/self/fd/%d" % handle
-                if not clone or os.readlink(name).startswith(os.path.realpath(clone) + "/"):
+                if not clone or is_content(os.readlink(name), os.path.realpath(clone)):
                     return open(name, "rb")
             finally:
                 os.close(handle)
@@ -1538,6 +1591,14 @@ class Handler(http.server.SimpleHTTPRequestHandler):
             self.drop()
             self.request.close()
 
+    def check_peer(self):
+        """ConnectionError where the connection was reset, or dropped; one that is half closed by
+        its peer still wants an answer."""
+        gone = select.poll()
+        gone.register(self.request, 0)  # POLLERR and POLLHUP are always told
+        if gone.poll(0):
+            raise ConnectionAbortedError("its peer has gone")
+
     def drop(self):
         """Ends the connection, from any thread."""
         self.enter(self.DROPPED)
@@ -1570,7 +1631,8 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         has_body = "Content-Length" in self.headers or "Transfer-Encoding" in self.headers
         if has_body or self.request_version == "HTTP/1.0":
             self.close_connection = True
-        self.server.guard.check_address(self.client_address[0])
+        if not HEALTHZ_RE.match(self.requestline):
+            self.server.guard.check_address(self.client_address[0])
         return True
 
     def send_error(self, code, message=None, explain=None):
@@ -1646,7 +1708,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         self.enter(self.FOLLOWING)
         if update is not None:
             update = int(update)
-        updater.wait_for_end(repo, update, min(float(wait), MAX_WAIT_S))
+        updater.wait_for_end(repo, update, min(float(wait), MAX_WAIT_S), self.check_peer)
         told = updater.status(repo, update)
         if not told:
             raise Refusal(404, "no such update was asked for here")
@@ -1818,10 +1880,19 @@ class Server(http.server.ThreadingHTTPServer):
             time.sleep(POLL_S)
         # To start a thread costs half an answer, so those that have served one wait for another.
         if not self.idle.acquire(blocking=False):
-            start_thread(self.serve_accepted)
+            self.start_server_thread()
         # A socket for both families says ::ffff:192.0.2.1 for an address of IPv4.
         address = MAPPED_RE.sub("", client_address[0])
         self.accepted.put((request, (address, client_address[1])))
+
+    def start_server_thread(self):
+        """Starts a thread for a connection; where there can't be one, another's comes free."""
+        try:
+            start_thread(self.serve_accepted)
+        except (RuntimeError, MemoryError):
+            self.drop_one()
+            if not self.idle.acquire(timeout=CLOSE_TIMEOUT_S + SHORTAGE_PAUSE_S):
+                raise
 
     def finish_answers(self):
         """Lets who waits for an answer at the end still have it."""

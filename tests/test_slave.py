@@ -475,14 +475,15 @@ def test_signals_in_the_midst_of_signals_stop_it_as_well(start_slave):
         slave.start()
 
 
-def test_signals_while_stopping_are_503(start_slave, upstream):
+def test_signals_while_stopping_are_503(start_slave, upstream, tmp_path):
     slave = start_slave()
-    stand_in(slave, "trap : TERM; sleep 1; sleep 1")
+    stand_in(slave, 'trap : TERM; until [ -e "%s" ]; do sleep 0.1; done' % (tmp_path / "go"))
     slave.signal()
     wait_runs(slave, 1)
     slave.process.terminate()
-    wait_until(lambda: slave.log().rstrip().endswith("stopping"))
+    wait_until(lambda: "Z stopping\n" in slave.log())
     status, headers, body = slave.get("/?repo=other")
+    (tmp_path / "go").touch()
     assert (status, headers["Retry-After"]) == (503, "2")
     assert json.loads(body.decode()) == {"error": "this slave is stopping"}
     assert slave.process.wait(60) == 0

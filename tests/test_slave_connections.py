@@ -5,6 +5,7 @@ import os
 import random
 import re
 import resource
+import signal
 import socket
 import struct
 import subprocess
@@ -84,6 +85,36 @@ def test_connections_that_are_reset_leave_nothing(start_slave):
     for client in far:
         assert read_all(client).startswith(b"HTTP/1.1 200 OK\r\n")
         client.close()
+
+
+@pytest.mark.parametrize("is_reset", [True, False], ids=["reset", "too many"])
+def test_who_follows_an_update_leaves_nothing_either(start_slave, tmp_path, is_reset):
+    slave = start_slave()
+    stand_in(slave, 'until [ -e "%s" ]; do sleep 0.05; done' % (tmp_path / "go"))
+    update = slave.signal()
+    wait_runs(slave, 1)
+    wait_until(lambda: threads(slave) <= 3, 10, what="idle threads to end")
+    before = open_files(slave)
+    followers = []
+    for _ in range(300):  # more than there is room for
+        follower = connect(slave.port)
+        follower.sendall(b"GET /status?repo=hanuman&update=%d&wait=30 HTTP/1.1\r\n\r\n" % update)
+        if is_reset:
+            reset(follower)
+        else:
+            followers.append(follower)
+    if not is_reset:
+        wait_until(lambda: open_files(slave) <= before + 260, 10, what="some to give way")
+        assert slave.get("/healthz")[0] == 200
+        for follower in followers:
+            reset(follower)
+    wait_until(lambda: open_files(slave) <= before, 10, what="descriptors as before")
+    half = connect(slave.port)
+    half.sendall(b"GET /status?repo=hanuman&update=%d&wait=30 HTTP/1.0\r\n\r\n" % update)
+    half.shutdown(socket.SHUT_WR)
+    time.sleep(1.5)  # longer than between two looks at the peer
+    (tmp_path / "go").touch()
+    assert b'"live"' in read_all(half), "who has only nothing more to say still gets an answer"
 
 
 def spoil(port, dice, request):
@@ -342,6 +373,8 @@ SECRET = "nobody must see this"
     ("../other/page", False),
     ("/dev/stdin", False),
     ("/proc/self/environ", False),
+    (".git/config", False),
+    ("folder/inside", False),
     ("real.html", True),
     ("./folder/../real.html", True),
 ])
@@ -353,6 +386,9 @@ def test_no_link_of_a_clone_leads_out_of_it(start_slave, tmp_path, target, shown
     for folder in (site, other):
         folder.mkdir(parents=True)
     (site / "folder").mkdir()
+    (site / ".git").mkdir()
+    (site / ".git" / "config").write_text("url = https://user:%s@host/" % SECRET)
+    (site / "folder" / "inside").symlink_to("../.git/config")
     (other / "page").write_text(SECRET)
     (site / "real.html").write_text("real")
     (site / "index.html").symlink_to(target.format(secret=secret))
@@ -461,3 +497,91 @@ def test_ipv4_is_served_whatever_bindv6only_says(start_slave, tmp_path):
     done = subprocess.run(["nsenter", "-t", str(slave.process.pid), "-n", "python3", "-c", code],
                           stdout=subprocess.PIPE, universal_newlines=True)
     assert done.stdout == "HTTP/1.1 200\nHTTP/1.1 200\n"
+
+
+# -- the log's reader, addresses, signals at the start
+
+
+def test_a_log_that_nobody_reads_stops_nothing(start_slave):
+    reader, writer = os.pipe()
+    slave = start_slave()
+    slave.stop()
+    stand_in(slave, "yes x | head -n 100000 >&2")
+    environ = dict(os.environ, HOME=str(slave.home), SERVER_UPDATE_CONF=str(slave.conf),
+                   SERVER_UPDATE_PORT=str(slave.port),
+                   PATH=str(slave.bin) + os.pathsep + os.environ["PATH"])
+    slave.process = process = subprocess.Popen(
+        slave.command, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        stderr=writer)
+    try:
+        def is_up():
+            try:
+                return slave.get("/healthz")[0] == 200
+            except OSError:
+                return False
+        wait_until(is_up, 15, what="it to listen")
+        os.set_blocking(writer, False)
+        try:
+            while True:
+                os.write(writer, b"x" * 512)
+        except BlockingIOError:
+            pass  # full, and its reader lives
+        os.set_blocking(writer, True)
+        assert slave.wait_update()["state"] == "live"
+        assert slave.get("/nope")[0] == 404
+        process.terminate()
+        assert process.wait(15) == 0
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
+def test_allow_from_keeps_nobody_from_healthz(start_slave):
+    slave = start_slave(ALLOW_FROM="10.0.0.0/8")
+    assert slave.get("/healthz")[0] == 200
+    assert slave.get("http://x/healthz?a", method="HEAD")[0] == 200
+    for path in ("/", "/status", "/?repo=hanuman", "/healthz/", "/healthzz", "/x?/healthz"):
+        assert slave.get(path)[0] == 403, path
+    assert slave.get("/healthz", method="POST")[0] == 403
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_at_the_start_is_no_traceback(start_slave, number):
+    slave = start_slave(wait=False)
+    # The last of the three that it sets; before that it is Python that starts, not yet this.
+    wait_until(lambda: heeds(slave.process.pid, signal.SIGHUP), 15, what="it to heed signals")
+    slave.process.send_signal(number)
+    if number == signal.SIGHUP:
+        wait_until(lambda: "listening on port" in slave.log(), 15, what="it to go on")
+        assert slave.stop() == 0
+    else:
+        assert slave.process.wait(15) == 0
+    assert "Traceback" not in slave.log()
+
+
+def heeds(pid, number):
+    """Whether a process catches or ignores a signal: proc(5)."""
+    with open("/proc/%d/status" % pid) as lines:
+        masks = [line.split()[1] for line in lines if line.startswith(("SigIgn:", "SigCgt:"))]
+    return any(int(mask, 16) >> (number - 1) & 1 for mask in masks)
+
+
+def test_too_few_threads_make_it_slow(start_slave):
+    """A connection gets the thread of another one, which has waited longest with its header."""
+    slave = start_slave()
+    unfinished = [connect(slave.port) for _ in range(8)]
+    for connection in unfinished:
+        connection.sendall(b"GET /heal")
+    wait_until(lambda: threads(slave) >= 10, 10, what="a thread for each")
+    pid = slave.process.pid
+    with open("/proc/%d/status" % pid) as status:
+        size = int(re.search(r"VmSize:\s+(\d+)", status.read()).group(1)) * 1024
+    # There is no room for the stack of one more thread.
+    resource.prlimit(pid, resource.RLIMIT_AS, (size + (1 << 20), resource.RLIM_INFINITY))
+    for _ in range(4):
+        connection = connect(slave.port)
+        connection.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+        assert read_all(connection).startswith(b"HTTP/1.1 200 OK\r\n")
+        connection.close()
+    for connection in unfinished:
+        connection.close()
