@@ -142,13 +142,19 @@ def without_color(text):
     return re.sub("\u241b\\[[0-9]+m", "", text)
 
 
+def without_waiting(errors):
+    """Standard error without the line that comes once a minute, on a machine that is slow."""
+    return re.sub("(?m)^server-update: waiting for .* ended after .*\n", "", errors)
+
+
 @pytest.mark.parametrize("output", OUTPUTS)
 @pytest.mark.parametrize("size", [*SIZES, pytest.param(MANY, marks=pytest.mark.slow)])
 def test_what_is_seen(shown, size, output):
     one = shown(size, output)
     assert one.text == golden("%d-%s" % (size, output), one.text)
     assert one.code == (0 if size == 1 else 1)
-    assert one.errors == "" or OUTPUTS[output]
+    if not OUTPUTS[output]:
+        assert without_waiting(one.errors) == ""
     assert ("\x1b[K" in one.raw) == bool(OUTPUTS[output])
     if OUTPUTS[output]:
         lines = [part for line in one.raw.split("\n") for part in line.split("\r")]
