@@ -448,3 +448,12 @@ def test_process_1_says_what_keeps_it_from_starting(start_slave):
     assert (status, stderr) == (2, "slave.py: bad PORT 'x' (set by --port)\n")
 
 
+def test_a_path_with_a_nul_in_one_clone_blinds_nobody(start_slave, upstream):
+    """As a disk leaves it that lost a sector, or who may write in one tree."""
+    upstream.create("hanuman", {"f": "1"})
+    slave = start_slave()
+    slave.wait_update()
+    (slave.repos / "hanuman/.git/HEAD").write_bytes(b"ref: refs/heads/\0x\n")
+    assert slave.json("/status")["repos"]["hanuman"]["commit"] is None
+    record = slave.wait_update()
+    assert (record["state"], record["message"]) == ("live", "")
