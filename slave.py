@@ -1534,8 +1534,8 @@ def parse_query(query):
     return values
 
 
-class Handler(http.server.SimpleHTTPRequestHandler):
-    """Serves one connection in a thread of its own, by http.server's flow: do_GET, do_HEAD."""
+class Connection(http.server.SimpleHTTPRequestHandler):
+    """One connection in a thread of its own: its deadlines, its end, one answer a request."""
 
     protocol_version = "HTTP/1.1"
     default_request_version = "HTTP/1.0"  # a request without a version gets a whole answer too
@@ -1646,6 +1646,32 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
     def handle_expect_100(self):
         return True  # go on without a word: a body is not wanted
+
+    def send(self, status, value, *headers):
+        """Sends a whole answer: a text, or anything else as JSON."""
+        if isinstance(value, str):
+            kind = "text/plain"
+            body = value.encode("ascii") + b"\n"
+        else:
+            kind = "application/json"
+            body = json.dumps(value).encode("ascii") + b"\n"
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        for header in headers:
+            self.send_header(*header)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def end_headers(self):
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        super().end_headers()
+
+
+class Handler(Connection):
+    """What is asked, and what is answered, by http.server's flow: do_GET, do_HEAD."""
 
     def do_GET(self):
         target = self.requestline.split()[1]  # as it was sent, which is what is signed
@@ -1761,28 +1787,6 @@ class Handler(http.server.SimpleHTTPRequestHandler):
     def guess_type(self, path):
         return super().guess_type(self.server.served_file.path)
 
-    def send(self, status, value, *headers):
-        """Sends a whole answer: a text, or anything else as JSON."""
-        if isinstance(value, str):
-            kind = "text/plain"
-            body = value.encode("ascii") + b"\n"
-        else:
-            kind = "application/json"
-            body = json.dumps(value).encode("ascii") + b"\n"
-        self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(body)))
-        for header in headers:
-            self.send_header(*header)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def end_headers(self):
-        if self.close_connection:
-            self.send_header("Connection", "close")
-        super().end_headers()
-
 
 # -- server: all connections -----------------------------------------------------
 
@@ -1851,7 +1855,7 @@ class Server(http.server.ThreadingHTTPServer):
             return
         self.tended = now
         for handler in list(self.handlers):
-            if handler.stage == Handler.READING and now > handler.since + HEADER_TIMEOUT_S:
+            if handler.stage == Connection.READING and now > handler.since + HEADER_TIMEOUT_S:
                 handler.drop()
         self.throttle.tell()
         self.updater.tend()
@@ -1899,13 +1903,13 @@ class Server(http.server.ThreadingHTTPServer):
         deadline = time.monotonic() + CLOSE_TIMEOUT_S
         while time.monotonic() < deadline:
             stages = {handler.stage for handler in list(self.handlers)}
-            if not stages & {Handler.FOLLOWING, Handler.ANSWERING}:
+            if not stages & {Connection.FOLLOWING, Connection.ANSWERING}:
                 return
             time.sleep(POLL_S)
 
     def drop_one(self):
         """Ends the connection that can best be spared: who has waited longest for its peer."""
-        handlers = sorted(self.handlers, key=Handler.gives_way)
+        handlers = sorted(self.handlers, key=Connection.gives_way)
         for handler in handlers[:1]:
             handler.drop()
 
