@@ -253,8 +253,12 @@ def test_another_users_process_is_not_killed(activate):
 
 
 def cmdline(pid):
-    with open("/proc/%d/cmdline" % pid, "rb") as handle:
-        return handle.read()
+    """The command line of a process; nothing where it has ended."""
+    try:
+        with open("/proc/%d/cmdline" % pid, "rb") as handle:
+            return handle.read()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
 
 
 # -- a removal that takes long -----------------------------------------------------------

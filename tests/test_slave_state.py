@@ -88,8 +88,8 @@ def test_whatever_is_raised_the_update_ends(start_slave, name):
     slave = start_slave()
     script = slave.bin / "slave.py"
     text = script.read_text(encoding="utf-8")
-    guard = '\nif __name__ == "__main__":'
-    script.write_text(text.replace(guard, RAISES[name] + "\n" + guard), encoding="utf-8")
+    before, guard, after = text.rpartition('\nif __name__ == "__main__":')
+    script.write_text(before + RAISES[name] + "\n" + guard + after, encoding="utf-8")
     restart(slave)
     stand_in(slave)
     slave.signal()
