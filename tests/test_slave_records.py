@@ -13,7 +13,7 @@ slave = load("slave.py")
 ONE, TWO = "1" * 40, "2" * 64
 LIVE_CHANGES = {"state": "live", "message": ""}
 SECRET = b"0123456789abcdef0123456789abcdef"
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
 
 
 def accepted(records=None, ref=None, now=1000.0):
@@ -455,10 +455,10 @@ def test_mistakes_elsewhere(tmp_path):
 
 
 def vectors():
-    """Those of the README's table, (secret, method, target, when, nonce, mac) each."""
+    """Those of the page's table, (secret, method, target, when, nonce, mac) each."""
     row = re.compile(r"^\| (.+) \| `(GET|HEAD) (\S+)` \| (\d+) \| `(\w+)` \| `(\w+)` \|$", re.M)
     found = []
-    for secret, *more in row.findall(README):
+    for secret, *more in row.findall(PAGE):
         found.append([found[-1][0] if secret == "the same" else secret.strip("`"), *more])
     return found
 

@@ -59,9 +59,9 @@ def test_the_right_signature_is_taken(signed_slave):
     assert ask(signed_slave, "/get/?repo=hanuman&ref=a%2Fb")[0] == 202
 
 
-def test_the_readme_signs_with_curl_and_a_shell(signed_slave, tmp_path):
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (script,) = re.findall(r"```sh\n(target=.*?)```", readme, re.S)
+def test_the_page_signs_with_curl_and_a_shell(signed_slave, tmp_path):
+    page = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
+    (script,) = re.findall(r"```sh\n(target=.*?)```", page, re.S)
     for shown, here in (
         ("/etc/server-update/secret", str(tmp_path / "secret")),
         ("http://web1:9999", signed_slave.url),

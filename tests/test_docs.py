@@ -1,0 +1,281 @@
+"""README.md and docs/: their commands run, their links lead somewhere, the README stays short.
+
+Each block of commands (```sh) is run here, as it stands, by `sh -e` beside a slave `web1` that is
+up and a repository `hanuman`; unless a table below says which other test runs it, or why none
+does.
+"""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from product import PYTHON, ROOT, SERVER_UPDATE, need
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MAX_README_LINES = 170
+TIMEOUT_S = 120
+
+# (page, how a block begins): the test that runs what is in it.
+BY_TEST = {
+    ("README.md", "sh tests/demo"): "test_the_demo_shows_both_commits_and_leaves_nothing",
+    ("operations.md", "journalctl"): "test_a_reload_reads_the_certificate_again",
+    ("recipes.md", "server-update --batch 1,10"): "test_a_careful_rollout",
+    ("recipes.md", "install -d /etc/server-update/hooks"): "test_uploads_are_kept",
+    ("security.md", "./install.sh master --new"): "test_new_secret_is_for_its_owner_only_and_kept",
+    ("security.md", "target="): "test_the_page_signs_with_curl_and_a_shell",
+}
+# (page, how a block begins): why nothing runs it.
+BY_NOTHING = {
+    ("README.md", "./install.sh slave"): "they change /etc",
+    ("README.md", "./install.sh master web1"): "they change /etc",
+    ("README.md", "./install.sh master --new"): "they change /etc",
+    ("README.md", "server-update hanuman  "): "they change /etc",
+    ("README.md", "curl "): "they change /etc",
+    ("development.md", "sh tests/run "): "the tests themselves",
+    ("development.md", "sh bench/against"): "it measures for minutes",
+    ("promises.md", "sh tests/run tests/faults"): "the tests themselves, and for minutes",
+}
+
+
+class Block:
+    """A fenced block: its page, the language behind the fence, its text."""
+
+    def __init__(self, page, language, text):
+        self.page, self.language, self.text = page, language, text
+
+    def __str__(self):
+        return "%s: %s" % (self.page, self.text.splitlines()[0][:50])
+
+    def find_in(self, table):
+        """What the table has for it, or None."""
+        for (page, beginning), entry in table.items():
+            if page == self.page and self.text.startswith(beginning):
+                return entry
+        return None
+
+
+def read(page):
+    return page.read_text(encoding="utf-8")
+
+
+def blocks_of(page):
+    fences = re.findall(r"(?ms)^```(\w*)\n(.*?)^```$", read(page))
+    return [Block(page.name, language, text) for language, text in fences]
+
+
+BLOCKS = [block for page in PAGES for block in blocks_of(page)]
+COMMANDS = [block for block in BLOCKS if block.language == "sh"]
+RUN_HERE = [
+    block for block in COMMANDS if not (block.find_in(BY_TEST) or block.find_in(BY_NOTHING))
+]
+
+
+def find_block(page, beginning):
+    """The text of the one block of a page that begins so."""
+    (block,) = [one for one in COMMANDS if one.page == page and one.text.startswith(beginning)]
+    return block.text
+
+
+# -- the pages
+
+
+def test_the_readme_is_for_five_minutes():
+    assert len(read(ROOT / "README.md").splitlines()) <= MAX_README_LINES
+
+
+def without_code(text):
+    return re.sub(r"(?ms)^```.*?^```$", "", text)
+
+
+def anchor(heading):
+    """The name that a forge gives to a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.replace("`", "").lower()).replace(" ", "-")
+
+
+def anchors(page):
+    return {anchor(line) for line in re.findall(r"(?m)^#+ (.*)$", without_code(read(page)))}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)\s]+)\)", without_code(read(page)))
+    for link in links:
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, part = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        if part:
+            assert part in anchors(target), link
+
+
+def test_the_readme_leads_to_every_page():
+    linked = re.findall(r"\]\(docs/(\w+\.md)", read(ROOT / "README.md"))
+    assert set(linked) == {page.name for page in PAGES[1:]}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_code_stands_between_fences(page):
+    assert not re.search(r"\n\n    \S.*", without_code(read(page)))
+
+
+# -- their commands
+
+
+def test_every_block_is_accounted_for():
+    for table in (BY_TEST, BY_NOTHING):
+        for page, beginning in table:
+            find_block(page, beginning)
+    files = (ROOT / "tests").glob("**/*.py")
+    defined = {name for path in files for name in re.findall(r"(?m)^def (test_\w+)", read(path))}
+    assert set(BY_TEST.values()) - defined == set()
+
+
+WRAPPER = """#!/bin/sh
+case " $* " in
+  *' --list'*) exec %(program)s "$@" ;;
+esac
+exec %(program)s --list '%(list)s' "$@"
+"""
+CURL = """#!/bin/sh
+exec /usr/bin/env PATH="$OUTER_PATH" curl --connect-to web1:9999:127.0.0.1:%d "$@"
+"""
+
+
+@pytest.fixture
+def world(tmp_path, start_slave, upstream):
+    """run(TEXT): as sh -e runs it beside one slave; its CompletedProcess, output as text.
+
+    What needs no /etc does as it stands: `server-update` has a list with that slave, `curl` finds
+    it as web1:9999, and slave-activate acts for it.
+    """
+    need("curl")
+    repo = upstream.create("hanuman")
+    repo.git("tag", "v1.4")
+    slave = start_slave()
+    slave_list = tmp_path / "slavelist.txt"
+    slave_list.write_text("127.0.0.1:%d\n" % slave.port)
+    program = " ".join("'%s'" % word for word in SERVER_UPDATE)
+    tools = {
+        "server-update": WRAPPER % {"program": program, "list": slave_list},
+        "curl": CURL % slave.port,
+    }
+    for name, text in tools.items():
+        (slave.bin / name).write_text(text)
+        (slave.bin / name).chmod(0o755)
+    work = tmp_path / "work"
+    work.mkdir()
+    env = dict(
+        os.environ,
+        HOME=str(slave.home),
+        OUTER_PATH=os.environ["PATH"],
+        PATH=os.pathsep.join([str(slave.bin), str(Path(PYTHON).parent), os.environ["PATH"]]),
+        SERVER_UPDATE_CONF=str(slave.conf),
+    )
+
+    def run(text):
+        return subprocess.run(
+            ["sh", "-ec", text],
+            cwd=str(work),
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            universal_newlines=True,
+            timeout=TIMEOUT_S,
+        )
+
+    run.slave, run.upstream, run.work, run.list = slave, repo, work, slave_list
+    done = run("server-update hanuman")
+    assert done.returncode == 0, done.stdout
+    return run
+
+
+@pytest.mark.parametrize("block", RUN_HERE, ids=str)
+def test_a_block_runs_as_it_stands(world, block):
+    done = world(block.text)
+    assert done.returncode == 0, done.stdout
+
+
+# -- those that want something else around them
+
+
+def test_a_careful_rollout(world):
+    carefully, again, window, history = find_block(
+        "recipes.md", "server-update --batch 1,10"
+    ).splitlines()
+    world.list.write_text(world.list.read_text() + "127.0.0.1:1\n")
+    done = world(carefully + " --retries 0")
+    assert done.returncode == 1 and "1 live, 1 unreachable" in done.stdout, done.stdout
+    assert re.findall("(?m)^[^#\n]\\S*", read(world.work / "failed.txt")) == ["127.0.0.1:1"]
+    done = world(again.replace(" #", " --retries 0 #"))
+    assert done.returncode == 1 and "1 unreachable" in done.stdout, done.stdout
+    world.list.write_text(world.list.read_text().replace("127.0.0.1:1\n", ""))
+    assert world(window).returncode == 0
+    done = world(history)
+    assert done.returncode == 0 and "new prices" in done.stdout
+
+
+# -- uploads and .env are kept
+
+
+@pytest.fixture
+def keeping(world, tmp_path):
+    """What the recipe does, in a folder of our own in place of /srv/keep."""
+    text = find_block("recipes.md", "install -d /etc/server-update/hooks")
+    keep = tmp_path / "keep"
+    tree = world.slave.repos / "hanuman"
+    (tree / "uploads").mkdir()
+    (tree / "uploads/photo").write_text("a photo\n")
+    (tree / ".env").write_text("KEY=value\n")
+    for shown, here in (
+        ("/etc/server-update/hooks", str(world.slave.hooks)),
+        ("/srv/keep", str(keep)),
+        ("docs/examples/", str(ROOT / "docs/examples") + "/"),
+        ("server-update hanuman\n", ""),
+    ):
+        assert shown in text
+        text = text.replace(shown, here)
+    hook = world.slave.hooks / "pre-update"
+    done = world(text)
+    assert done.returncode == 0, done.stdout
+    hook.write_text(read(hook).replace("/srv/keep}", "%s}" % keep))
+    world.keep, world.tree = keep, tree
+    return world
+
+
+def test_uploads_are_kept(keeping):
+    for number in range(2):
+        keeping.upstream.commit({"file": str(number)})
+        done = keeping("server-update hanuman")
+        assert done.returncode == 0, done.stdout
+        assert (keeping.tree / "file").read_text() == str(number)
+        assert (keeping.tree / "uploads/photo").read_text() == "a photo\n"
+        assert (keeping.tree / ".env").read_text() == "KEY=value\n"
+    (keeping.tree / "uploads/another").write_text("by the web server\n")
+    assert (keeping.keep / "hanuman/uploads/another").exists()
+
+
+def test_what_the_repository_has_too_is_not_hidden(keeping):
+    assert keeping("server-update hanuman").returncode == 0
+    keeping.upstream.commit({"uploads": "a file of the repository\n"})
+    done = keeping("server-update hanuman")
+    assert done.returncode == 1
+    assert "'uploads' is in %s/hanuman and in the repository" % keeping.keep in done.stdout
+    assert (keeping.tree / "uploads/photo").read_text() == "a photo\n"
+
+
+def test_without_its_files_nothing_goes_live(keeping):
+    live = keeping("git -C ~/repos/hanuman rev-parse HEAD").stdout
+    keeping.upstream.commit({"file": "new\n"})
+    keeping.keep.rename(keeping.keep.parent / "away")
+    assert keeping("server-update hanuman").returncode == 1
+    assert keeping("git -C ~/repos/hanuman rev-parse HEAD").stdout == live
+
+
+def test_a_repository_that_has_nothing_to_keep_is_updated(keeping):
+    (keeping.keep / "hanuman").rename(keeping.keep / "other")
+    keeping.upstream.commit({"file": "new\n"})
+    assert keeping("server-update hanuman").returncode == 0
