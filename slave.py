@@ -92,8 +92,8 @@ IDLE_S = 0.1  # a thread that has no connection to serve for so long ends
 LOG_PATIENCE_MS = 1000  # for the log's reader to take a line
 RETRY_LATER = ("Retry-After", "2")
 
-HEADER_LINE_RE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*\r?\n")  # RFC 9110
-HEALTHZ_RE = re.compile(r"(GET|HEAD) (https?://[^/?]*)?/healthz[ ?]", re.I)
+# A header's line, or its end: RFC 9110
+HEADER_LINE_RE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*)?\r?\n")
 ORIGIN_RE = re.compile("^https?://[^/?]*", re.I)  # of a target as proxies send it
 
 # Signatures
@@ -1477,7 +1477,6 @@ class HeaderReader:
         """A new header begins."""
         self.lines = 0
         self.left = MAX_LINE_BYTES + MAX_HEADER_BYTES
-        self.is_inside = True
 
     def readline(self, _limit):
         """The next line; ConnectionError where the peer leaves in the middle of a header."""
@@ -1488,16 +1487,22 @@ class HeaderReader:
             raise Refusal(431 if self.lines else 414, "request line or header too long")
         if not line.endswith(b"\n") and (line or self.lines):
             raise ConnectionAbortedError("cut off in the middle of a header")
-        if self.lines and line in (b"\r\n", b"\n"):
-            self.is_inside = False
-        elif self.lines and not HEADER_LINE_RE.fullmatch(line):
-            # http.client would drop it with all that follow, and so take a body for a request.
+        # http.client would drop it with all that follow, and so take a body for a request.
+        if self.lines and not HEADER_LINE_RE.fullmatch(line):
             raise Refusal(400, "malformed header")
         self.lines += 1
         return line
 
     def close(self):
         self.file.close()
+
+
+READS = ("GET", "HEAD")
+
+
+def methods_of(_path):
+    """The methods that a path has."""
+    return READS
 
 
 def has_repo(query):
@@ -1534,6 +1539,12 @@ def parse_query(query):
     return values
 
 
+# What a connection is at: who is at one of the lowest rank gives way first, who is at it for
+# longer than it may last is dropped.
+Stage = namedtuple("Stage", "rank may_last_s")
+FOR_EVER = float("inf")
+
+
 class Connection(http.server.SimpleHTTPRequestHandler):
     """One connection in a thread of its own: its deadlines, its end, one answer a request."""
 
@@ -1546,13 +1557,12 @@ class Connection(http.server.SimpleHTTPRequestHandler):
     rbufsize = 512  # small, as there may be MAX_CONNECTIONS of them
     wbufsize = 2048  # one write an answer
 
-    # What a connection is at; those that wait for their peer give way first: see Server.drop_one.
-    READING = "reading"
-    SENDING = "sending"
-    FOLLOWING = "following"
-    ANSWERING = "answering"
-    DROPPED = "dropped"
-    GIVES_WAY = {READING: 0, SENDING: 0, FOLLOWING: 1, ANSWERING: 2, DROPPED: 3}
+    # Those that wait for their peer give way first: see Server.drop_one.
+    READING = Stage(0, HEADER_TIMEOUT_S)
+    SENDING = Stage(0, FOR_EVER)
+    FOLLOWING = Stage(1, FOR_EVER)
+    ANSWERING = Stage(2, FOR_EVER)
+    DROPPED = Stage(3, FOR_EVER)
 
     def setup(self):
         if self.server.tls:
@@ -1571,7 +1581,10 @@ class Connection(http.server.SimpleHTTPRequestHandler):
 
     def gives_way(self):
         """What connections are sorted by: the first one gives way to a new one."""
-        return self.GIVES_WAY[self.stage], self.since
+        return self.stage.rank, self.since
+
+    def is_late(self, now):
+        return now > self.since + self.stage.may_last_s
 
     def finish(self):
         """Closes the connection; what its peer still sends comes first: else it gets no answer."""
@@ -1616,7 +1629,7 @@ class Connection(http.server.SimpleHTTPRequestHandler):
             self.refuse(*refusal.args)
 
     def refuse(self, status, text, *headers):
-        if self.rfile.is_inside:  # what comes next is no request
+        if self.stage == self.READING:  # what comes next is no request
             self.close_connection = True
         self.server.throttle.log("refused with %d from %s: %s: %s", status,
                                  self.client_address[0], text, self.requestline[:200])
@@ -1624,21 +1637,33 @@ class Connection(http.server.SimpleHTTPRequestHandler):
         self.wfile.flush()
 
     def parse_request(self):
-        """As in http.server; a body, which nobody reads, is the last of a connection."""
+        """As in http.server; whoever may not ask, or not like this, is refused."""
         if not super().parse_request():
             return False
         self.enter(self.ANSWERING)
+        # A body is the last of a connection: what nobody reads is never taken for a request.
         has_body = "Content-Length" in self.headers or "Transfer-Encoding" in self.headers
-        if has_body or self.request_version == "HTTP/1.0":
+        if has_body or self.request_version == "HTTP/1.0" or self.command not in READS:
             self.close_connection = True
-        if not HEALTHZ_RE.match(self.requestline):
+        path = self.split_target()[0]
+        if path != "/healthz" or self.command not in READS:
             self.server.guard.check_address(self.client_address[0])
+        methods = methods_of(path)
+        if self.command not in methods:
+            raise Refusal(405, "only " + " and ".join(methods), ("Allow", ", ".join(methods)))
         return True
+
+    def split_target(self):
+        """Path and query of what is asked for."""
+        path, _, query = ORIGIN_RE.sub("", self.target()).partition("?")
+        return path, query
+
+    def target(self):
+        """What is asked for as it was sent, which is what is signed."""
+        return self.requestline.split()[1]
 
     def send_error(self, code, message=None, explain=None):
         """What http.server itself refuses; its messages quote the request, so they go nowhere."""
-        if code == http.HTTPStatus.NOT_IMPLEMENTED:
-            raise Refusal(405, "only GET and HEAD", ("Allow", "GET, HEAD"))
         raise Refusal(code, http.HTTPStatus(code).phrase.lower())
 
     def log_message(self, *args):
@@ -1674,23 +1699,22 @@ class Handler(Connection):
     """What is asked, and what is answered, by http.server's flow: do_GET, do_HEAD."""
 
     def do_GET(self):
-        target = self.requestline.split()[1]  # as it was sent, which is what is signed
-        path, _, query = ORIGIN_RE.sub("", target).partition("?")
+        path, query = self.split_target()
         # These two never need a signature; everything else is checked before it is parsed.
         if path == "/healthz":
             self.send(200, "ok")
         elif path in ("", "/") and not has_repo(query):
             self.answer_front(self.server.served_file)
         else:
-            self.check_signature(target)
+            self.check_signature()
             self.answer(path, parse_query(query))
 
     do_HEAD = do_GET
 
-    def check_signature(self, target):
+    def check_signature(self):
         signatures = self.headers.get_all("X-Server-Update-Signature", [])
         now = int(time.time())
-        self.server.guard.check_signature(signatures, self.command, target, now)
+        self.server.guard.check_signature(signatures, self.command, self.target(), now)
 
     def answer(self, path, parameters):
         """Answers what only who may ask gets an answer to."""
@@ -1746,9 +1770,8 @@ class Handler(Connection):
         """What is told of all repositories; in short of those with nothing live, if it is much."""
         updater = self.server.updater
         # A copy, as the journal goes on meanwhile.
-        names = sorted(updater.journal.records.copy())
-        repos = {name: updater.status(name) for name in names}
-        repos = {name: record for name, record in repos.items() if record}
+        told = [updater.status(name) for name in sorted(updater.journal.records.copy())]
+        repos = {record["repo"]: record for record in told if record}
         # Strangers may have asked for a thousand names, each with a long note.
         if len(json.dumps(repos)) > MAX_STATUS_BYTES:
             for record in repos.values():
@@ -1775,11 +1798,12 @@ class Handler(Connection):
         if not file:
             return
         with file:
-            part = self.command == "GET" and file.read(65536)
-            while part:
+            while self.command == "GET":
+                part = file.read(65536)
+                if not part:
+                    return
                 self.wfile.write(part)
                 self.enter(self.SENDING)
-                part = file.read(65536)
 
     def translate_path(self, path):
         return path
@@ -1855,7 +1879,7 @@ class Server(http.server.ThreadingHTTPServer):
             return
         self.tended = now
         for handler in list(self.handlers):
-            if handler.stage == Connection.READING and now > handler.since + HEADER_TIMEOUT_S:
+            if handler.is_late(now):
                 handler.drop()
         self.throttle.tell()
         self.updater.tend()
