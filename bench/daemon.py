@@ -164,11 +164,5 @@ def measure_all(args, results):
         measure.Results.sort(group, whos)
 
 
-def main(argv):
-    args = measure.parser(__doc__).parse_args(argv)
-    with measure.kept_results("daemon", args.results) as results:
-        measure_all(args, results)
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    measure.run_row("daemon", __doc__, measure_all)

@@ -213,3 +213,10 @@ def kept_results(row, folder):
         sys.exit(f"{row}: {error}")
     finally:
         results.write(folder)
+
+
+def run_row(row, doc, measure_all):
+    """The whole program of a row: its arguments, measure_all(args, results), what it keeps."""
+    args = parser(doc).parse_args()
+    with kept_results(row, args.results) as results:
+        measure_all(args, results)

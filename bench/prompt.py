@@ -143,11 +143,5 @@ def measure_all(args, results):
         slaves.stop()
 
 
-def main(argv):
-    args = measure.parser(__doc__).parse_args(argv)
-    with measure.kept_results("prompt", args.results) as results:
-        measure_all(args, results)
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    measure.run_row("prompt", __doc__, measure_all)

@@ -150,6 +150,12 @@ def upstream(tmp_path):
 
 
 @pytest.fixture
+def repo(upstream):
+    """A small repository `r` of `upstream`."""
+    return upstream.create("r", {"f": "1"})
+
+
+@pytest.fixture
 def http_upstream(upstream):
     """The repositories of `upstream` over HTTP: .url, .bytes_sent, .requests, .fault, .create."""
     server = HttpUpstream(upstream)
@@ -223,6 +229,50 @@ def update(start_update):
 
 
 # -- folders ---------------------------------------------------------------
+
+
+# Makes its file immutable for as long as its standard input is open: who started it may be killed.
+# By ioctl(2), as the file may get another name meanwhile (FS_IOC_GETFLAGS, FS_IMMUTABLE_FL).
+KEEP_IMMUTABLE = """
+import array, fcntl, os, sys
+handle = os.open(sys.argv[1], os.O_RDONLY)
+flags = array.array("l", [0])
+fcntl.ioctl(handle, 0x80086601, flags)
+fcntl.ioctl(handle, 0x40086602, array.array("l", [flags[0] | 0x10]))
+print("immutable", flush=True)
+sys.stdin.read()
+fcntl.ioctl(handle, 0x40086602, flags)
+"""
+
+
+@pytest.fixture
+def make_immutable():
+    """make_immutable(PATH): like chattr +i, until the test ends or what this returns is called."""
+    keepers = []
+
+    def release(keeper):
+        keeper.communicate()
+        assert keeper.returncode == 0
+
+    def make(path):
+        keeper = subprocess.Popen(
+            [PYTHON, "-I", "-c", KEEP_IMMUTABLE, str(path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,  # and not killed with the tests
+        )
+        if not keeper.stdout.readline():
+            _, error = keeper.communicate()
+            pytest.skip(
+                "immutable files need root and a filesystem that has them: %s" % error.decode()
+            )
+        keepers.append(keeper)
+        return lambda: release(keepers.pop(keepers.index(keeper)))
+
+    yield make
+    for keeper in keepers:
+        release(keeper)
 
 
 @pytest.fixture

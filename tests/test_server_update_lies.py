@@ -59,14 +59,11 @@ CHECKS = {  # name: what the slaves do, options, what must be in the output or n
     ),
 }
 RETURN = "def broken(*_):\n    return %s"
-LIES = {  # name: the function, what takes its place, the check that finds it
-    "a hook that failed is good": (
-        "is_good",
-        """
+ALSO_GOOD = """
 def broken(outcome, *more):
-    return outcome == "hook failed" or original(outcome, *more)""",
-        "canary",
-    ),
+    return outcome == "%s" or original(outcome, *more)"""
+LIES = {  # name: the function, what takes its place, the check that finds it
+    "a hook that failed is good": ("is_good", ALSO_GOOD % "hook failed", "canary"),
     "to be signalled is enough": (
         "is_good",
         """
@@ -74,20 +71,8 @@ def broken(outcome, *_):
     return original(outcome, False)""",
         "no id",
     ),
-    "what takes too long is good": (
-        "is_good",
-        """
-def broken(outcome, *more):
-    return outcome == "timeout" or original(outcome, *more)""",
-        "timeout",
-    ),
-    "to be refused is good": (
-        "is_good",
-        """
-def broken(outcome, *more):
-    return outcome == "refused" or original(outcome, *more)""",
-        "refused",
-    ),
+    "what takes too long is good": ("is_good", ALSO_GOOD % "timeout", "timeout"),
+    "to be refused is good": ("is_good", ALSO_GOOD % "refused", "refused"),
     "no hook ever fails": ("has_failed_hook", RETURN % "False", "hook"),
     "hooks of 1.0 never fail": (
         "has_failed_hook",

@@ -6,20 +6,11 @@ import signal
 import sys
 
 import pytest
-from activate_support import Activate, as_another_user, finish, snapshot
+from activate_support import as_another_user, finish, snapshot
 from processes import wait_until
 from product import SHELLS
 
-
-
-@pytest.fixture
-def repo(upstream):
-    return upstream.create("r", {"f": "1"})
-
-
-@pytest.fixture
-def activate(tmp_path, upstream, repo):
-    return Activate(tmp_path, upstream.base_path)
+pytestmark = pytest.mark.usefixtures("repo")
 
 
 def show(activate, name):

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from activate_support import Activate, finish, snapshot
+from activate_support import finish, snapshot
 from processes import wait_until
 from product import SHELLS
 
@@ -16,13 +16,7 @@ PR_SET_CHILD_SUBREAPER = 36
 
 
 @pytest.fixture
-def repo(upstream):
-    return upstream.create("r", {"f": "1"})
-
-
-@pytest.fixture
-def activate(tmp_path, upstream, repo):
-    activate = Activate(tmp_path, upstream.base_path)
+def activate(activate, repo):
     activate.settings["TIMEOUT"] = "2"
     return activate
 
@@ -203,6 +197,19 @@ def test_a_forged_name_has_nobody_killed(activate, tmp_path):
             process.wait()
 
 
+def outlives_an_update(activate, command, is_ready):
+    """What `command` starts is there before an update that sweeps, and after it."""
+    holder = subprocess.Popen(command)
+    try:
+        wait_until(lambda: is_ready(holder.pid))
+        (activate.state / "r.log").write_text("as a killed run leaves it")
+        activate.good("r")
+        assert holder.poll() is None
+    finally:
+        holder.kill()
+        holder.wait()
+
+
 def has_open(pid, path):
     try:
         return os.readlink("/proc/%d/fd/6" % pid) == str(path)
@@ -219,17 +226,8 @@ def test_a_file_of_the_same_name_elsewhere_has_nobody_killed(activate, tmp_path)
     lock = activate.state / "r.lock"
     (tmp_path / "other").write_text("")
     script = 'mount --bind "$1" "$2"; exec sleep 60 6<"$2"'
-    holder = subprocess.Popen(
-        ["unshare", "-m", "sh", "-ec", script, "sh", str(tmp_path / "other"), str(lock)]
-    )
-    try:
-        wait_until(lambda: has_open(holder.pid, lock))
-        (activate.state / "r.log").write_text("as a killed run leaves it")
-        activate.good("r")
-        assert holder.poll() is None
-    finally:
-        holder.kill()
-        holder.wait()
+    command = ["unshare", "-m", "sh", "-ec", script, "sh", str(tmp_path / "other"), str(lock)]
+    outlives_an_update(activate, command, lambda pid: has_open(pid, lock))
 
 
 def test_another_users_process_is_not_killed(activate):
@@ -239,17 +237,12 @@ def test_another_users_process_is_not_killed(activate):
     activate.settings["TIMEOUT"] = "60"
     activate.good("r")
     lock = activate.state / "r.lock"
-    holder = subprocess.Popen(
-        ["sh", "-c", 'exec setpriv --reuid=12345 --clear-groups sleep 60 6<"$1"', "sh", str(lock)]
+    script = 'exec setpriv --reuid=12345 --clear-groups sleep 60 6<"$1"'
+    outlives_an_update(
+        activate,
+        ["sh", "-c", script, "sh", str(lock)],
+        lambda pid: has_open(pid, lock) and b"sleep" in cmdline(pid)[:6],
     )
-    try:
-        wait_until(lambda: has_open(holder.pid, lock) and b"sleep" in cmdline(holder.pid)[:6])
-        (activate.state / "r.log").write_text("as a killed run leaves it")
-        activate.good("r")
-        assert holder.poll() is None
-    finally:
-        holder.kill()
-        holder.wait()
 
 
 def cmdline(pid):

@@ -6,20 +6,11 @@ import struct
 import subprocess
 
 import pytest
-from activate_support import Activate, as_another_user, git
+from activate_support import as_another_user, git
 from product import SHELLS
 
 REFUSING = '#!/bin/sh\necho "args: $*" >&2\necho "Permission denied (publickey)." >&2\nexit 255\n'
-
-
-@pytest.fixture
-def repo(upstream):
-    return upstream.create("r", {"f": "1"})
-
-
-@pytest.fixture
-def activate(tmp_path, upstream, repo):
-    return Activate(tmp_path, upstream.base_path)
+pytestmark = pytest.mark.usefixtures("repo")
 
 
 def serving(path, upstream, log):

@@ -5,19 +5,13 @@ import shutil
 import subprocess
 
 import pytest
-from activate_support import Activate, in_mounts
+from activate_support import in_mounts
 
 SECRET = "s3cr3t"
 
 
 @pytest.fixture
-def repo(upstream):
-    return upstream.create("r", {"f": "1"})
-
-
-@pytest.fixture
-def activate(tmp_path, upstream, repo):
-    activate = Activate(tmp_path, upstream.base_path)
+def activate(activate, repo):
     activate.short_pauses()
     return activate
 
@@ -138,14 +132,10 @@ def test_a_url_that_git_knows_nothing_of(activate):
     assert result.last.endswith("see BASE_URL")
 
 
-def test_an_immutable_live_folder(activate, repo):
+def test_an_immutable_live_folder(activate, make_immutable):
     activate.good("r")
-    if os.getuid() or subprocess.call(["chattr", "+i", str(activate.live())]):
-        pytest.skip("immutable files need root and a filesystem that has them")
-    try:
-        result = activate("r")
-    finally:
-        subprocess.call(["chattr", "-i", str(activate.live())])
+    make_immutable(activate.live())
+    result = activate("r")
     assert (result.status, "is it immutable?" in result.last) == (1, True), result
 
 
