@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 
 import pytest
-from product import SOURCES, copy_scripts
+from product import SOURCES, copy_scripts, shorten_pauses
 from upstream import run_git
 
 TIMEOUT_S = 300  # to tell what hangs; a busy machine may need long for a million files
@@ -101,11 +101,7 @@ class Activate:
         """From now on the pauses between two tries take no time: the script's sleep is a fake."""
         folder = self.bin / "short-pauses"
         folder.mkdir()
-        real = shutil.which("sleep")
-        (folder / "sleep").write_text(
-            '#!/bin/sh\ncase $1 in *.???) exit ;; esac\nexec %s "$@"\n' % real
-        )
-        (folder / "sleep").chmod(0o755)
+        shorten_pauses(folder)
         self.path = "%s:%s" % (folder, os.environ["PATH"])
 
     def hook(self, name, text, mode=0o755):

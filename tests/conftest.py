@@ -14,7 +14,7 @@ from activate_support import Activate  # noqa: E402
 from certificates import Authority  # noqa: E402
 from farm import Farm  # noqa: E402
 from product import PYTHON, SOURCES, copy_scripts, load  # noqa: E402
-from slave_support import Slave, stop_for_good  # noqa: E402
+from slave_support import Slave, set_constants, stop_for_good  # noqa: E402
 from update_support import Update  # noqa: E402
 from upstream import HttpUpstream, Upstream  # noqa: E402
 
@@ -174,15 +174,19 @@ def activate(tmp_path, upstream):
 
 @pytest.fixture
 def start_slave(tmp_path, upstream):
-    """start_slave(BASE_URL=..., TIMEOUT=..., args=[], env={}) -> Slave, listening on 127.0.0.1."""
+    """start_slave(BASE_URL=..., TIMEOUT=..., args=[], env={}) -> Slave, listening on 127.0.0.1.
+
+    constants: {NAME: value} of slave.py that are others in this copy, so that nobody waits long.
+    """
     slaves = []
 
-    def start(args=(), env=None, wait=True, **settings):
+    def start(args=(), env=None, wait=True, constants=None, **settings):
         folder = tmp_path / ("slave-%d" % (len(slaves) + 1))
         folder.mkdir()
         settings = {key.upper(): value for key, value in settings.items()}
         settings.setdefault("BASE_URL", upstream.base_path)
         one = Slave(folder, settings, args, env)
+        set_constants(one.bin / "slave.py", constants or {})
         slaves.append(one)
         return one.start(wait)
 

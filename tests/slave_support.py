@@ -10,13 +10,15 @@ import re
 import subprocess
 import time
 from pathlib import Path
-from signal import SIGCONT, SIGTERM
+from signal import SIGTERM
 
-from processes import kill_all_below, wait_until
+from processes import descendants, kill, kill_all_below, wait_until
 from product import PYTHON, SOURCES, copy_scripts
 
 START_TIMEOUT_S = 60
 SECRET = "a secret that nobody knows"
+# For start_slave(constants=...): how soon a run that takes too long gets TERM, then KILL.
+SOON_ENDED = {"BACKSTOP_S": 1, "KILL_AFTER_S": 1}
 ONE = "1" * 40  # the commit that a stand-in puts live where upstream has none
 # A slave-activate that notes when it runs and makes a clone of nothing but upstream's commit.
 STAND_IN = """#!/bin/sh
@@ -143,17 +145,26 @@ class Slave:
         return self.process.wait(timeout)
 
 
+def set_constants(script, constants):
+    """Give constants of a copy of a script other values: {NAME: value}."""
+    text = script.read_text(encoding="utf-8")
+    for name, value in constants.items():
+        text, count = re.subn("(?m)^%s = [^ #]+" % name, "%s = %r" % (name, value), text)
+        assert count == 1, name
+    script.write_text(text, encoding="utf-8")
+
+
 def stop_for_good(*slaves):
-    """End slaves and whatever they have started, however a test left them; all at a time."""
+    """End slaves and whatever they have started, however a test left them.
+
+    By KILL: a clean stop takes half a second, and what it does is for the tests themselves to see.
+    """
     running = [slave for slave in slaves if slave.process and slave.process.poll() is None]
-    for number in (SIGCONT, SIGTERM):
-        for slave in running:
-            slave.process.send_signal(number)
     for slave in running:
-        try:
-            slave.process.wait(15)
-        except subprocess.TimeoutExpired:
-            slave.kill()
+        below = descendants(slave.process.pid)
+        slave.kill()
+        for pid in below:
+            kill(pid)
     for slave in slaves:
         kill_all_below(slave.bin.parent)
 

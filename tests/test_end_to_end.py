@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from farm import answering, refusing_entry
 from processes import processes_below, wait_until
-from product import ROOT
+from product import ROOT, shorten_pauses
 from update_support import Update
 from upstream import run_git
 
@@ -129,6 +129,8 @@ def test_a_failing_upstream_leaves_what_was_live(fleet, upstream, http_upstream,
     assert update(slaves).returncode == 0
     first = repo.head()
     repo.commit({"x": "1"})
+    for slave in slaves:
+        shorten_pauses(slave.bin)
     http_upstream.fault = "503"
     done = update(slaves)
     assert done.returncode == 1

@@ -45,6 +45,7 @@ def test_mute_slaves_keep_nobody_from_being_asked(farm, update, lives, mutes, op
     assert max(result["seconds"] for result in done.results.values()) < 8 + OVERRUN_S
 
 
+@pytest.mark.slow
 def test_slaves_mute_after_the_signal_keep_nobody_from_being_signalled(farm, update):
     """Their polls hold threads until --timeout: there are others for signals."""
 
@@ -60,6 +61,7 @@ def test_slaves_mute_after_the_signal_keep_nobody_from_being_signalled(farm, upd
     assert max(begun.values()) - min(begun.values()) < 16  # before any poll was given up
 
 
+@pytest.mark.slow
 def test_no_more_in_flight_than_parallel_where_some_stall(
     server_update, monkeypatch, farm, capsys
 ):
@@ -104,6 +106,7 @@ def test_a_chunk_of_negative_size_is_not_read_for_ever(farm, update):
     assert farm.requests and int(most) < 80 * 1024
 
 
+@pytest.mark.slow
 def test_a_slow_look_up_and_a_mute_slave(server_update, monkeypatch, farm, capsys):
     """The look-up of a name takes longer than its slave has: it sends no signal any more."""
     slow, live = farm.add(mute), [farm.add(updates()) for _ in range(4)]

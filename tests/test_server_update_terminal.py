@@ -617,11 +617,25 @@ def test_off_a_terminal_a_line_says_who_is_waited_for(server_update, monkeypatch
     assert capsys.readouterr().err == ""
 
 
-def test_on_a_terminal_the_progress_line_names_who_is_waited_for(farm, tmp_path):
-    """Those that began first come first; one that was stopped is told with its time."""
+def run_with_two_that_hang(farm, tmp_path):
+    """A run on a terminal once its line has named both; one of them doesn't answer any more."""
     entries = [farm.add(updates(hook=None)), farm.add(hold), farm.add(updates(1000))]
     run = Run(tmp_path, entries, "--timeout=60", "--connect-timeout=0.1", columns=120)
     run.wait_for(r"hanuman  1 of 3  .*1 live  127\.77\.0\.[23]:\d+, 127\.77\.0\.[23]:\d+\r")
+    return run
+
+
+def test_on_a_terminal_the_progress_line_names_who_is_waited_for(farm, tmp_path):
+    """Those that began first come first."""
+    run = run_with_two_that_hang(farm, tmp_path)
+    run.process.send_signal(signal.SIGINT)
+    run.wait()
+    assert run.code == 130
+
+
+@pytest.mark.slow
+def test_on_a_terminal_the_progress_line_tells_since_when_one_is_silent(farm, tmp_path):
+    run = run_with_two_that_hang(farm, tmp_path)
     run.wait_for(r"127\.77\.0\.2:\d+ \(no answer for 0:[3-5]\d\)", timeout=60)
     run.process.send_signal(signal.SIGINT)
     run.wait()

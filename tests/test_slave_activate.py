@@ -100,6 +100,7 @@ def test_every_shell_updates_and_fails_alike(activate, upstream, shell):
     assert activate.head() == second
 
 
+@pytest.mark.slow
 def test_busyboxs_tools_are_enough(activate, upstream, tmp_path):
     """As on Alpine: git, python3 and busybox, through a roll-up of packs."""
     tools = tmp_path / "tools"

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import subprocess
 
 import pytest
 from activate_support import ANOTHER_USER, Activate, as_another_user, snapshot

@@ -69,6 +69,7 @@ def test_it_is_asked_three_times_and_no_more(activate, repo, http_upstream, old)
     assert (snapshot(activate.live()), activate.leftovers()) == (before, [])
 
 
+@pytest.mark.slow
 def test_the_pauses_are_real_and_not_all_alike(activate, repo, http_upstream):
     activate.path = None
     activate.good("r")
@@ -148,6 +149,7 @@ def test_a_port_that_nobody_listens_at(activate, repo):
     assert (result.status, result.err.count(AGAIN), result.err.count(SLOW)) == (1, 2, 0), result
 
 
+@pytest.mark.slow
 def test_a_silent_upstream_has_all_of_timeout(activate, repo, http_upstream):
     """As one that counts objects: no word for longer than curl would wait."""
     activate.good("r")

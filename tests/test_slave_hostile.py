@@ -301,8 +301,9 @@ def test_a_shortage_of_threads_passes(start_slave):
         assert slave.get("/healthz")[0] == 200
 
 
-def test_a_header_has_ten_seconds_in_all(start_slave):
-    slave = start_slave()
+def test_a_header_has_so_many_seconds_in_all(start_slave):
+    """Ten of them, see test_slave_records.py; here fewer."""
+    slave = start_slave(constants={"HEADER_TIMEOUT_S": 4})
     with connect(slave.port) as slow, connect(slave.port) as silent, connect(slave.port) as idle:
         idle.sendall(b"GET /healthz HTTP/1.1\r\n\r\n")
         assert idle.recv(999).startswith(b"HTTP/1.1 200 ")
@@ -321,7 +322,7 @@ def test_a_header_has_ten_seconds_in_all(start_slave):
                     pass
                 except ConnectionError:
                     open_ones[connection] = time.monotonic() - began
-        assert all(9 < ended < 35 for ended in open_ones.values()), open_ones.values()
+        assert all(3 < ended < 35 for ended in open_ones.values()), open_ones.values()
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,11 @@ def accepted(records=None, ref=None, now=1000.0):
     return slave.Records.accept(records or slave.Records(), "hanuman", ref, now)
 
 
+def test_how_long_it_waits_is_as_promised():
+    """Tests shorten these times in copies, see start_slave in conftest.py."""
+    assert slave.HEADER_TIMEOUT_S == slave.KILL_AFTER_S == slave.BACKSTOP_S == 10
+
+
 # -- the records of a repository
 
 

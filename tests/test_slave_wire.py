@@ -6,7 +6,16 @@ import shutil
 
 import pytest
 from processes import wait_until
-from slave_support import ONE, SECRET, make_secret, runs, signature, stand_in, start_by_hand
+from slave_support import (
+    ONE,
+    SECRET,
+    SOON_ENDED,
+    make_secret,
+    runs,
+    signature,
+    stand_in,
+    start_by_hand,
+)
 
 NOBODY = 65534
 TWO = "2" * 40
@@ -117,7 +126,7 @@ def test_a_post_update_hook_that_failed(start_slave, line, hook):
 
 
 def test_a_post_update_hook_that_the_slave_had_to_end(start_slave):
-    slave = start_slave(TIMEOUT=1)
+    slave = start_slave(TIMEOUT=1, constants=SOON_ENDED)
     stand_in(slave, text=ENDS + "exec sleep 60\n")
     record = slave.wait_update()
     assert (record["state"], record["hook"]) == ("live", 128 + 15)

@@ -15,7 +15,7 @@ import time
 from checker import git
 from farm import refusing_entry
 from processes import kill, kill_all_below, processes_below, wait_until
-from product import PYTHON, copy_scripts
+from product import PYTHON, copy_scripts, shorten_pauses
 from slave_support import Slave, stop_for_good
 from upstream import HttpUpstream, Upstream
 
@@ -60,7 +60,8 @@ class Place:
     def environment(self):
         """What slave-activate by hand needs."""
         return dict(os.environ, HOME=str(self.home), SERVER_UPDATE_BASE_URL=self.base_url,
-                    SERVER_UPDATE_HOOKS_DIR=str(self.hooks))
+                    SERVER_UPDATE_HOOKS_DIR=str(self.hooks),
+                    PATH="%s:%s" % (self.bin, os.environ["PATH"]))
 
     def start_activate(self, *args, before=()):
         """slave-activate by hand, in a process group of its own, maybe under another program."""
@@ -178,6 +179,7 @@ def what_was_live_survives_a_failing_upstream(place):
     place.activate()
     first = place.repo.head()
     place.push()
+    shorten_pauses(place.bin)
     for fault in ("503", "cut:300", "garbage", "reset"):
         place.http.fault = fault
         assert place.activate()[0] == 1, fault
@@ -363,6 +365,7 @@ def a_dead_slave_is_no_success(place):
 def a_failed_update_is_no_success(place):
     """Upstream is down: the slave says failed, server-update exit 1."""
     slave = place.slave()
+    shorten_pauses(slave.bin)
     place.http.fault = "503"
     record = slave.wait_update("site")
     assert (record["state"], record["commit"]) == ("failed", None), record
