@@ -64,6 +64,7 @@ GIT_TIMEOUT_S = 2  # to say what is live
 LEFTOVER_S = 0.5  # for what a run that has ended left in its process group
 POLL_S = 0.02  # how often a run is asked whether it has ended
 MAX_MESSAGE_CHARS = 300
+MAX_STDOUT_BYTES = 65536  # of a run that are kept
 OUTPUT_KINDS = ("slave-activate: ", "fatal: ", "error: ", "")  # what tells most comes first
 HOOK_RE = re.compile(r"live, but post-update hook failed \(([0-9]{1,3})\)")
 LEFT_RE = re.compile("can(not|'t) remove ")  # of the old tree
@@ -434,10 +435,7 @@ def next_update_id(newest, now):
     return max(update, 1)
 
 
-RecordsFields = namedtuple("RecordsFields", "ended running queued", defaults=((), None, None))
-
-
-class Records(RecordsFields):
+class Records(namedtuple("Records", "ended running queued", defaults=((), None, None))):
     """What is remembered of one repository's updates, oldest first; nothing here changes it."""
 
     def all(self):
@@ -454,18 +452,21 @@ class Records(RecordsFields):
                 return record
         return None
 
-    def accept(self, repo, ref, now, asked=()):
+    def accept(self, repo, ref, now, asked):
         """An update is queued, in place of one that is; `asked` are further fields of it."""
         newest = self.newest()
         update = next_update_id(newest, now)
-        record = Record(repo, update, ref, "queued", requested=now, first=update)
-        record = record._replace(**dict(asked))
-        if self.queued:
-            record = record._replace(first=self.queued.first)
+        record = Record(repo, update, ref, "queued", requested=now, first=update, **asked)
         # Until it starts, what is live is what the update before it left.
         if newest:
             record = record._replace(commit=newest.commit)
-        return self._replace(queued=record)
+        return self._replace(queued=record).keep_first(self.queued)
+
+    def keep_first(self, replaced):
+        """The queued update has taken the place of another, a Record or None."""
+        if not replaced:
+            return self
+        return self._replace(queued=self.queued._replace(first=replaced.first))
 
     def start(self, live, now):
         """The queued update runs; `live` is the commit that is live before it."""
@@ -479,39 +480,33 @@ class Records(RecordsFields):
         ended = (*self.ended, done)[-MAX_ENDED:]
         return self._replace(ended=ended, running=None)
 
-    def give_up(self, update, message, now):
+    def give_up(self, update, changes, now):
         """An update has failed for a reason of the slave's own, unless it has ended before."""
         # What came to its end before something went wrong has ended as it has.
         record = self.find(update)
         if not record or record.finished:
             return self
         begun = self if self.running else self.start(record.commit, now)
-        return begun.finish({"state": "failed", "message": message}, now)
+        return begun.finish(changes, now)
 
     def stop(self):
         """The slave ends cleanly under the running update: that is no try."""
         again = self.running._replace(tries=self.running.tries - 1)
         return self._replace(running=again).requeue()
 
-    def interrupt(self, now):
-        """The slave has ended under the running update: it or a newer one is queued."""
+    def resume(self):
+        """The slave has begun: what it ended under is queued again, unless that was too often."""
         # It may be this very update that ends the slave, each time.
-        if self.running.tries >= MAX_TRIES:
-            message = ("interrupted three times by the slave's own end; "
-                       "signal again for another try")
-            return self.finish({"state": "failed", "message": message}, now)
+        if not self.running or self.running.tries >= MAX_TRIES:
+            return self
         return self.requeue()
 
     def requeue(self):
         """What runs is queued again, or what is queued takes its place."""
-        again = self.running._replace(state="queued", started=None)
         if self.queued:
-            again = self.queued._replace(first=again.first)
+            return self._replace(running=None).keep_first(self.running)
+        again = self.running._replace(state="queued", started=None)
         return self._replace(queued=again, running=None)
-
-    def resume(self, now):
-        """The slave has begun: nothing runs."""
-        return self.interrupt(now) if self.running else self
 
     def forget(self):
         return self if self.running or self.queued else Records()
@@ -891,26 +886,51 @@ def read_live_commit(tree):
     return commit if HASH_RE.fullmatch(commit) else None
 
 
+class Lines:
+    """Makes lines of what comes in parts; long ones become several."""
+
+    def __init__(self, max_bytes, take):
+        self.max_bytes = max_bytes
+        self.take = take  # is called with each line, in bytes
+        self.unfinished = b""  # the beginning of one
+
+    def add(self, part):
+        """Takes the lines that are whole by now; at the end, which is b"", the rest."""
+        *lines, self.unfinished = (self.unfinished + part).split(b"\n")
+        # Of a line without end no more than this is kept.
+        if self.unfinished and not part or len(self.unfinished) > self.max_bytes:
+            lines.append(self.unfinished)
+            self.unfinished = b""
+        for line in lines:
+            for start in range(0, max(len(line), 1), self.max_bytes):
+                self.take(line[start:start + self.max_bytes])
+
+
 class Run:
     """One run of a program, in a process group of its own: its start, its end, what it said.
 
     Until close() the process stays a zombie, so that its number can't be another group's."""
 
-    def __init__(self, name, command, environ):
-        """Starts it; OSError where it can't. Its stderr is logged, each line after `name`."""
+    def __init__(self, name, command, environ, take_output=None):
+        """Starts it; OSError where it can't. Its stderr is logged, each line after `name`.
+
+        Its stdout goes to `take_output` in parts, the last of which is b"", or is kept."""
         self.name = name
         self.said = {}  # {kind of line: the last one}, see OUTPUT_KINDS
-        self.unfinished = b""  # the beginning of a line
+        self.stdout = b""  # no more than MAX_STDOUT_BYTES
         self.status = None  # as subprocess's returncode; None while it runs
         # A session of its own is a group of its own, too: signals reach all that it starts.
         self.process = subprocess.Popen(
             command, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, start_new_session=True)
+        stdout = self.process.stdout.fileno()
+        stderr = self.process.stderr.fileno()
+        self.takers = {stdout: take_output or self.keep_output,
+                       stderr: Lines(MAX_LINE_BYTES, self.log_line).add}
         # What it leaves behind may hold the pipes open: nothing waits for their end.
-        os.set_blocking(self.process.stdout.fileno(), False)
-        os.set_blocking(self.process.stderr.fileno(), False)
         self.poll = select.poll()
-        self.poll.register(self.process.stderr, select.POLLIN)
+        self.poll.register(stdout, select.POLLIN)
+        self.poll.register(stderr, select.POLLIN)
 
     def wait(self, timeout_s, is_stopping):
         """Blocks until it has ended or been given up: None, or "timeout" or "stop" by force.
@@ -933,8 +953,7 @@ class Run:
             if time.monotonic() >= deadline or is_stopping():
                 return False
             # Output wakes what waits for it; where there is none it looks again and again.
-            if not self.listen(POLL_S):
-                time.sleep(POLL_S)
+            self.listen(POLL_S)
         return True
 
     def has_ended(self):
@@ -949,26 +968,17 @@ class Run:
         return True
 
     def listen(self, timeout_s):
-        """Waits for output and logs it; False where there will be none."""
-        if self.process.stderr.closed:
-            return False
-        if self.poll.poll(timeout_s * 1000):
-            part = os.read(self.process.stderr.fileno(), 65536)
-            self.log_output(part)
+        """Waits for output and takes it; whether there may be more."""
+        for pipe, _ in self.poll.poll(timeout_s * 1000):
+            part = os.read(pipe, 65536)
+            self.takers[pipe](part)
             if not part:
-                self.process.stderr.close()
-        return True
+                self.poll.unregister(pipe)
+                del self.takers[pipe]
+        return len(self.takers) > 0
 
-    def log_output(self, part):
-        """Logs the lines that are whole by now, long ones in pieces; at the end b"" the rest."""
-        # Of a line without end no more than this is kept.
-        *lines, self.unfinished = (self.unfinished + part).split(b"\n")
-        if self.unfinished and not part or len(self.unfinished) > MAX_LINE_BYTES:
-            lines.append(self.unfinished)
-            self.unfinished = b""
-        for line in lines:
-            for start in range(0, max(len(line), 1), MAX_LINE_BYTES):
-                self.log_line(line[start:start + MAX_LINE_BYTES])
+    def keep_output(self, part):
+        self.stdout = (self.stdout + part)[:MAX_STDOUT_BYTES]
 
     def log_line(self, line):
         text = line.decode("utf-8", "replace").rstrip().replace("\t", " ")
@@ -977,16 +987,12 @@ class Run:
         if text[len(kind):]:
             self.said[kind] = text[len(kind):]
 
-    def read_stdout(self):
-        """What it has printed, as far as a pipe holds it."""
-        return self.process.stdout.read() or b""
-
     def end_rest(self):
         """Has what it left end, which gets a moment to say something."""
         self.signal(signal.SIGTERM)
-        # The last line of what failed may still be in the pipe.
+        # What it said last may still be in the pipes.
         deadline = time.monotonic() + LEFTOVER_S
-        while time.monotonic() < deadline and self.listen(POLL_S):
+        while self.listen(POLL_S) and time.monotonic() < deadline:
             pass
 
     def signal(self, number):
@@ -1182,6 +1188,43 @@ class Hook:
 
 # -- updater ------------------------------------------------------------------
 
+class Queue:
+    """Who waits for an update and who has one: one of a repository at a time, so many in all."""
+
+    def __init__(self):
+        self.lock = threading.RLock()
+        self.waiting = {}  # {repo: True}, who has waited longest first
+        self.running = set()
+
+    def add(self, repo):
+        with self.lock:
+            self.waiting[repo] = True
+
+    def ready(self):
+        """Those that can start now."""
+        with self.lock:
+            places = MAX_RUNNING - len(self.running)
+            return [repo for repo in self.waiting if repo not in self.running][:places]
+
+    def take(self):
+        """Who starts now, or None."""
+        with self.lock:
+            for repo in self.ready():
+                del self.waiting[repo]
+                self.running.add(repo)
+                return repo
+        return None
+
+    def end(self, repo):
+        with self.lock:
+            self.running.discard(repo)
+
+
+def failed(message):
+    """How an update has ended, as changes to its record, that never came to an outcome."""
+    return {"state": "failed", "message": message}
+
+
 class Updater:
     """Takes signals and runs the updates that they ask for: one of a repository at a time."""
 
@@ -1190,27 +1233,27 @@ class Updater:
         self.settings = settings
         self.hook = Hook(settings["HOOKS_DIR"])
         self.command = command  # slave-activate's path
-        self.repos = settings["REPOS_DIR"]
-        self.journal = Journal(os.path.join(self.repos, ".server-update"))
-        self.environ = dict(os.environ)
-        for key in ("BASE_URL", "REPOS_DIR", "HOOKS_DIR", "SUBMODULES", "TIMEOUT"):
-            self.environ["SERVER_UPDATE_" + key] = str(settings[key])
+        self.journal = Journal(os.path.join(settings["REPOS_DIR"], ".server-update"))
         self.told_to_stop = False  # set by a signal's handler, which may take no lock
-        self.lock = threading.Lock()  # for the next two
-        self.queued = {}  # {repo: True}, who has waited longest first
-        self.running = set()  # repositories
+        self.queue = Queue()
         for repo in sorted(self.journal.records):
             self.take_up(repo)
+
+    def tree(self, repo):
+        """Where a repository's clone is, or would be."""
+        return os.path.join(self.settings["REPOS_DIR"], repo)
 
     def take_up(self, repo):
         """Queues what was queued or running when the slave ended; OSError: it can't be read."""
         records = self.journal.records.get(repo)
         if not records or records.running:
-            records = self.record(repo, Records.resume, time.time())
+            records = self.record(repo, Records.resume)
+        if records.running:
+            self.end_update(repo, failed("interrupted three times by the slave's own end; "
+                                         "signal again for another try"))
         if records.queued:
             log("%s: update %d is taken up again", repo, records.queued.update)
-            with self.lock:
-                self.queued[repo] = True
+            self.queue.add(repo)
 
     def record(self, repo, method, *args):
         """Changes the records of a repository, in memory even where they can't be written."""
@@ -1220,7 +1263,8 @@ class Updater:
         """Queues an update; its record, which is on disk then, or a Refusal."""
         if self.told_to_stop:
             raise Refusal(503, "this slave is stopping", RETRY_LATER)
-        if repo not in self.queued and len(self.queued) >= MAX_QUEUED:
+        waiting = self.queue.waiting
+        if repo not in waiting and len(waiting) >= MAX_QUEUED:
             raise Refusal(503, "too many updates are queued", RETRY_LATER)
         self.hook.check()
         try:
@@ -1230,37 +1274,22 @@ class Updater:
         record = records.queued
         why = ", ".join(filter(None, (peer, record.by, record.note)))
         log("%s: update %d was asked for by %s", repo, record.update, why)
-        with self.lock:
-            self.queued[repo] = True
+        self.queue.add(repo)
         self.start_queued()
         return record
 
-    def waiting(self):
-        """What can start now, who has waited longest first."""
-        repos = [repo for repo in self.queued if repo not in self.running]
-        if self.told_to_stop:
-            return []
-        return repos[:MAX_RUNNING - len(self.running)]
-
     def start_queued(self):
         """Starts threads for what can start now; where there are none, tend() comes again."""
-        with self.lock:
-            count = len(self.waiting())
         with contextlib.suppress(RuntimeError, MemoryError):
-            for _ in range(count):
+            for _ in self.queue.ready():
                 start_thread(self.run_next)
 
     def run_next(self):
         """A thread: runs an update, if there still is one that can start."""
-        with self.lock:
-            # Another thread may have taken what this one was started for.
-            waiting = self.waiting()
-            if not waiting:
-                return
-            repo = waiting[0]
-            del self.queued[repo]
-            self.running.add(repo)
-        self.run_update(repo)
+        # Another thread may have taken what this one was started for.
+        repo = None if self.told_to_stop else self.queue.take()
+        if repo:
+            self.run_update(repo)
 
     def run_update(self, repo):
         """Runs what is queued of a repository to its end, whatever goes wrong with it."""
@@ -1268,56 +1297,66 @@ class Updater:
         queued = self.journal.records[repo].queued
         try:
             if queued:
-                self.activate(repo)
+                self.update(repo)
         except Refusal as refusal:
-            self.end_update(repo, {"state": "failed", "message": refusal.args[1]})
+            self.end_update(repo, failed(refusal.args[1]))
         except Exception as error:
             # Whatever it is, who waits must hear of an end.
             message = "the update can't go on: %r" % error
             log("%s: %s", repo, message)
-            self.record(repo, Records.give_up, queued.update, message, time.time())
+            self.record(repo, Records.give_up, queued.update, failed(message), time.time())
         finally:
-            with self.lock:
-                self.running.discard(repo)
+            self.queue.end(repo)
             self.start_queued()
 
-    def activate(self, repo):
-        """Runs slave-activate; how it ended is recorded before what it left is killed."""
-        live = read_live_commit(os.path.join(self.repos, repo))
+    def update(self, repo):
+        """Runs the queued update of a repository, and records how it ended."""
+        live = read_live_commit(self.tree(repo))
         record = self.record(repo, Records.start, live, time.time()).running
         log("%s: update %d starts, ref %s", repo, record.update, record.ref or "not given")
         # It may have vanished while this update was queued.
         self.hook.check()
+        changes = self.activate(record)
+        if changes:
+            self.end_update(repo, changes)
+        else:
+            self.record(repo, Records.stop)
+            log("%s: update %d stopped, to be taken up again", repo, record.update)
+
+    def environ(self):
+        """What slave-activate finds in its environment."""
+        environ = dict(os.environ)
+        for key in ("BASE_URL", "REPOS_DIR", "HOOKS_DIR", "SUBMODULES", "TIMEOUT"):
+            environ["SERVER_UPDATE_" + key] = str(self.settings[key])
+        return environ
+
+    def activate(self, record):
+        """Runs slave-activate; how it ended, as changes to the record, or None: it was stopped."""
         command = [self.command]
         if record.pin:
             command.extend(["--commit", record.pin])
-        command.append(repo)
+        command.append(record.repo)
         if record.ref:
             command.append(record.ref.encode("utf-8"))  # whatever the locale can encode
         try:
-            run = Run(repo, command, self.environ)
+            run = Run(record.repo, command, self.environ())
         except OSError as error:
-            self.end_update(repo, {"state": "failed", "message": "can't run %s" % error})
-            return
+            return failed("can't run %s" % error)
+        timeout_s = self.settings["TIMEOUT"]
         try:
-            # Its outcome is on disk before what it left is killed: that may take a while.
-            timeout_s = self.settings["TIMEOUT"]
             why = run.wait(timeout_s + BACKSTOP_S, self.is_stopping)
             run.end_rest()
-            if why == "stop" and run.status != 0:
-                self.record(repo, Records.stop)
-                log("%s: update %d stopped, to be taken up again", repo, record.update)
-            else:
-                late_after_s = timeout_s if why == "timeout" else None
-                stdout = run.read_stdout()
-                self.end_update(repo, judge(repo, run.status, stdout, run.said, late_after_s))
         finally:
             run.close()
+        if why == "stop" and run.status != 0:
+            return None
+        late_after_s = timeout_s if why == "timeout" else None
+        return judge(record.repo, run.status, run.stdout, run.said, late_after_s)
 
     def end_update(self, repo, changes):
         """Records how the running update has ended, and logs it."""
         if changes["state"] == "failed":
-            changes["commit"] = read_live_commit(os.path.join(self.repos, repo))
+            changes["commit"] = read_live_commit(self.tree(repo))
         done = self.record(repo, Records.finish, changes, time.time()).ended[-1]
         message = done.message and ": " + done.message
         log("%s: update %d %s after %.1f s, live is %s%s", repo, done.update, done.state,
@@ -1326,7 +1365,7 @@ class Updater:
             self.forget_oldest()
 
     def has_tree(self, repo):
-        return os.path.lexists(os.path.join(self.repos, repo))
+        return os.path.lexists(self.tree(repo))
 
     def forget_oldest(self):
         """Forgets the oldest of too many repositories that have no tree: any name makes one."""
@@ -1360,7 +1399,7 @@ class Updater:
 
     def has_stopped(self):
         """Whether it was told to stop, and no update runs any more."""
-        return self.told_to_stop and not self.running
+        return self.told_to_stop and not self.queue.running
 
     def find(self, repo, update):
         records = self.journal.records.get(repo, Records())
@@ -1389,7 +1428,7 @@ class Updater:
             return None
         if record == self.find(repo, None):
             # Somebody may have put another commit live by hand, or removed the tree.
-            record = record._replace(commit=read_live_commit(os.path.join(self.repos, repo)))
+            record = record._replace(commit=read_live_commit(self.tree(repo)))
         return told(record)
 
     def history(self, repo):
