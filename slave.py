@@ -42,7 +42,6 @@ import sys
 import threading
 import time
 from collections import namedtuple
-from concurrent.futures import Future
 from queue import Empty, SimpleQueue
 from urllib.parse import unquote
 
@@ -187,8 +186,8 @@ def escape(text):
 
 
 def reason(error):
-    """What went wrong, of an OSError, without its number."""
-    return error.strerror or str(error)
+    """What went wrong, of an OSError without its number."""
+    return getattr(error, "strerror", None) or str(error)
 
 
 class Stderr:
@@ -232,32 +231,29 @@ class Throttle:
     """Has so many lines a second logged, and counts the others."""
 
     def __init__(self):
-        self.lock = threading.RLock()  # log() calls tell()
+        self.lock = threading.Lock()
         self.second = 0  # that is being counted
-        self.logged = 0  # in it
-        self.left_out = 0
+        self.lines = 0  # in it
 
     def log(self, text, *values):
+        self.tell()
         with self.lock:
-            # A new second begins with none.
-            self.tell()
-            self.logged += 1
-            if self.logged > MAX_REFUSALS_LOGGED:
-                self.left_out += 1
-                return
-        log(text, *values)
+            self.lines += 1
+            is_one_too_many = self.lines > MAX_REFUSALS_LOGGED
+        if not is_one_too_many:
+            log(text, *values)
 
     def tell(self):
-        """Says how many were left out, once their second is over."""
+        """Begins a new second, once that of before is over; says how many were left out in it."""
         with self.lock:
             now = int(time.monotonic())
             if now == self.second:
                 return
-            if self.left_out:
-                log("%d more like these were left out", self.left_out)
+            left_out = self.lines - MAX_REFUSALS_LOGGED
             self.second = now
-            self.logged = 0
-            self.left_out = 0
+            self.lines = 0
+        if left_out > 0:
+            log("%d more like these were left out", left_out)
 
 
 # -- settings --------------------------------------------------------------
@@ -265,11 +261,10 @@ class Throttle:
 # A setting is text in the file, the environment or an option; `parse` makes its value of it,
 # or raises ValueError where it is bad.
 Setting = namedtuple("Setting", "default parse help")
-Given = namedtuple("Given", "text complaint")  # a value, and how it is complained of
-NOT_GIVEN = Given("", "bad %s '%s'")
 MAPPED_RE = re.compile(r"(?<![0-9a-f:.])::ffff:(?=[0-9]+\.)", re.I)  # IPv4 as IPv6: RFC 4291
 BASE_URL_RE = re.compile(r"/\S*|[^-:\s]\S*:\S+")  # a path, a URL, or ssh's host:path
 GLOBS_RE = re.compile(r"[]A-Za-z0-9._*?[!, -]+")
+QUOTED_RE = re.compile("^(['\"])(.*)\\1$")
 WORD_RE = re.compile(r"[^\s,]+")
 
 
@@ -287,10 +282,9 @@ def parse_path(text):
 
 
 def parse_number(text, least, most):
-    if not re.fullmatch("[0-9]+", text):  # int() takes blanks, signs and all of Unicode's digits
-        raise ValueError("not a number")
-    if not least <= int(text) <= most:
-        raise ValueError("not from %d to %d" % (least, most))
+    # int() takes blanks, signs and all of Unicode's digits.
+    if not re.fullmatch("[0-9]+", text) or not least <= int(text) <= most:
+        raise ValueError("not a number from %d to %d" % (least, most))
     return int(text)
 
 
@@ -351,9 +345,9 @@ def option_name(key):
     return "--" + key.lower().replace("_", "-")
 
 
-def parse_setting(key, given):
-    """A setting's value: its default where nothing is given, None where that is empty too."""
-    text = given.text or SETTINGS[key].default
+def parse_setting(key, text):
+    """A setting's value: its default where `text` is empty, None where that is empty too."""
+    text = text or SETTINGS[key].default
     if not text:
         return None
     try:
@@ -361,51 +355,53 @@ def parse_setting(key, given):
             raise ValueError("unprintable")
         return SETTINGS[key].parse(text)
     except ValueError:
-        raise ValueError(given.complaint % (key, escape(text)))
+        raise ValueError("bad %s '%s'" % (key, escape(text)))
 
 
-def unquoted(text):
-    """`text` without the quotes around it that sh would take away as well."""
-    return re.sub("^(['\"])(.*)\\1$", "\\2", text)
+def parse_line(line):
+    """(KEY, its value) of a line KEY=value."""
+    key, equals, text = [part.strip() for part in line.partition("=")]
+    if not equals:
+        raise ValueError("no '=' in '%s'" % escape(key))
+    if key not in SETTINGS:
+        raise ValueError("unknown setting '%s'" % escape(key))
+    # Without the quotes around it that sh would take away as well.
+    return key, parse_setting(key, QUOTED_RE.sub(r"\2", text))
 
 
 def read_conf(path):
-    """{KEY: Given} of the lines KEY=value of a file, which are text and never run."""
-    found = {}
+    """{KEY: value} of the lines KEY=value of a file, which are text and never run."""
+    values = {}
     with open(path, encoding="utf-8", errors="surrogateescape") as lines:
         for number, line in enumerate(lines, 1):
             line = line.strip()
             if not line or line.startswith("#"):
                 continue
-            where = "%s:%d: " % (path, number)
-            key, equals, text = line.partition("=")
-            key = key.strip()
-            if not equals:
-                raise ValueError("%sno '=' in '%s'" % (where, escape(key)))
-            if key not in SETTINGS:
-                raise ValueError("%sunknown setting '%s'" % (where, escape(key)))
             # A bad value is a mistake even where the environment or an option has a better one.
-            complaint = where.replace("%", "%%") + NOT_GIVEN.complaint
-            found[key] = Given(unquoted(text.strip()), complaint)
-            parse_setting(key, found[key])
-    return found
+            try:
+                key, value = parse_line(line)
+            except ValueError as mistake:
+                raise ValueError("%s:%d: %s" % (path, number, mistake))
+            values[key] = value
+    return values
 
 
 def read_settings(environ, options):
     """{KEY: value}: options win over SERVER_UPDATE_*, these over the file; ValueError, OSError."""
+    values = {key: parse_setting(key, "") for key in SETTINGS}
     path = environ.get("SERVER_UPDATE_CONF") or CONF_FILE
-    found = {}
     if path != CONF_FILE or not is_absent(path):
-        found = read_conf(path)
-    values = {}
+        values.update(read_conf(path))
     for key in SETTINGS:
-        given = found.get(key, NOT_GIVEN)
         # The options come last, and win.
         for source, name in ((environ, "SERVER_UPDATE_" + key), (options, option_name(key))):
-            if source.get(name):
-                complaint = NOT_GIVEN.complaint + " (set by %s)" % name
-                given = Given(source[name].strip(), complaint)
-        values[key] = parse_setting(key, given)
+            text = source.get(name)
+            if not text:
+                continue
+            try:
+                values[key] = parse_setting(key, text.strip())
+            except ValueError as mistake:
+                raise ValueError("%s (set by %s)" % (mistake, name))
     # A certificate may have its key in the same file; a key alone certifies nothing.
     if values["TLS_KEY"] and not values["TLS_CERT"]:
         raise ValueError("TLS_KEY is set, but TLS_CERT is not")
@@ -599,40 +595,31 @@ def decode_records(repo, data):
 
 # -- journal: the records of all repositories, in memory and on disk ---------
 
+def open_at_once(path, flags):
+    """Opens without waiting for the other end of a FIFO, or for a device: an opener of open()."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
 def read_file(path):
-    """What is in a file; OSError where it is none: nothing waits for a FIFO or a device."""
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    try:
-        mode = os.fstat(fd).st_mode
-        if not stat.S_ISREG(mode):
-            code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
-            raise OSError(code, "not a regular file", path)
-        with open(fd, "rb", closefd=False) as handle:
-            return handle.read()
-    finally:
-        os.close(fd)
+    """What is in a file; OSError where it is none."""
+    with open(path, "rb", opener=open_at_once) as handle:
+        if not stat.S_ISREG(os.fstat(handle.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", path)
+        return handle.read()
 
 
-def lock_file(path, flags):
-    """Locks a file for this process alone; the descriptor that holds the lock, until it ends."""
+def lock_folder(path, flags=os.O_RDONLY):
+    """Locks a folder for this process alone; the descriptor that holds the lock, until it ends."""
     fd = os.open(path, flags, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except OSError as error:
         os.close(fd)
+        # NFS locks only what is open for writing, which a folder can't be.
+        if error.errno == errno.EBADF:
+            return lock_folder(os.path.join(path, ".lock"), os.O_RDWR | os.O_CREAT)
         raise
     return fd
-
-
-def lock_folder(path):
-    """The same for a folder."""
-    try:
-        return lock_file(path, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        # NFS locks only what is open for writing, which a folder can't be.
-        if error.errno != errno.EBADF:
-            raise
-    return lock_file(os.path.join(path, ".lock"), os.O_RDWR | os.O_CREAT)
 
 
 def write_synced(path, content):
@@ -651,16 +638,8 @@ class Change:
         self.method = method  # of Records: from those before it to those after it
         self.args = args
         self.is_forced = is_forced  # it is made in memory even if it can't be written
-        self.made = None  # the Records after it
-        self.failure = None  # the exception that came in place of them
-        self.settled = Future()
-
-    def settle(self):
-        """Tells who waits how it went."""
-        if self.failure:
-            self.settled.set_exception(self.failure)
-        else:
-            self.settled.set_result(self.made)
+        self.outcome = None  # the Records after it, or the exception that came in their place
+        self.is_settled = threading.Event()
 
 
 class Journal:
@@ -677,8 +656,7 @@ class Journal:
         self.unsaved = set()  # those whose record is not on disk as it is in memory
         self.changes = SimpleQueue()
         self.changed = threading.Condition()  # told after each change
-        self.folder_fd = -1
-        self.locks = []  # descriptors
+        self.fds = []  # that hold the locks; the last one is the state folder
         self.take()
         # A disk that is full or read-only is told now, not at the first signal.
         open(self.beside, "wb").close()
@@ -695,22 +673,20 @@ class Journal:
         So is REPOS_DIR, which is still there where somebody removes the state folder."""
         os.makedirs(self.folder, mode=0o700, exist_ok=True)
         # Those of a folder that is gone are worth nothing; REPOS_DIR is taken again at once.
-        while self.locks:
-            os.close(self.locks.pop())
+        while self.fds:
+            os.close(self.fds.pop())
         for path in (self.folder, os.path.dirname(self.folder)):
             try:
-                self.locks.append(lock_folder(path))
+                self.fds.append(lock_folder(path))
             except BlockingIOError:
                 raise OSError("another slave.py works in '%s'" % path)
-        if self.folder_fd >= 0:
-            os.close(self.folder_fd)
-        self.folder_fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+        self.fds.append(os.open(self.folder, os.O_RDONLY))
 
     def is_taken(self):
         """Whether the state folder still is the one that was taken."""
         try:
-            return os.path.samestat(os.stat(self.folder), os.fstat(self.folder_fd))
-        except FileNotFoundError:
+            return os.path.samestat(os.stat(self.folder), os.stat(self.fds[-1]))
+        except (FileNotFoundError, IndexError):  # IndexError: it could not be taken again
             return False
 
     def path(self, repo):
@@ -721,77 +697,73 @@ class Journal:
         path = self.path(repo)
         try:
             self.records[repo] = decode_records(repo, read_file(path))
-            self.unread.discard(repo)
         except (OSError, MemoryError) as error:
             if repo not in self.unread:
                 log("%s can't be read now and is left as it is: %s", path, error)
             self.unread.add(repo)
+            return
         except Exception as error:  # whatever it is, it must not stop the others
             with contextlib.suppress(OSError):
                 os.rename(path, path + ".broken")
             log("%s is broken, kept as %s.json.broken: %r", path, repo, error)
-            self.unread.discard(repo)
+        self.unread.discard(repo)
 
     def commit(self, repo, method, *args, is_forced=False):
         """Applies a method of Records; what it returns, once that is on disk, else OSError."""
         change = Change(repo, method, args, is_forced)
         self.changes.put(change)
-        return change.settled.result()
+        change.is_settled.wait()
+        if isinstance(change.outcome, Exception):
+            raise change.outcome
+        return change.outcome
 
     def write_changes(self):
-        """The journal's thread: writes whatever has come, and begins again."""
+        """The journal's thread: writes whatever has come, and begins again.
+
+        Changes that came while the last ones were written share one fsync of the folder: with 16
+        clients that is a third more signals a second than a lock that each takes in turn."""
         while True:
             batch = []
             try:
-                self.take_changes(batch)
+                while not batch or not self.changes.empty():
+                    batch.append(self.changes.get())
                 self.write(batch)
             except Exception as error:  # no memory, say; the next ones may have some
                 for change in batch:
-                    change.failure = error
+                    change.outcome = error
             with contextlib.suppress(MemoryError):
                 for change in batch:
-                    change.settle()
+                    change.is_settled.set()
                 with self.changed:
                     self.changed.notify_all()
-
-    def take_changes(self, batch):
-        """Waits for a change, and takes all that are there by then.
-
-        Those that came while the last ones were written share one fsync of the folder: with 16
-        clients that is a third more signals a second than a lock that each takes in turn."""
-        batch.append(self.changes.get())
-        with contextlib.suppress(Empty):
-            while True:
-                batch.append(self.changes.get_nowait())
 
     def write(self, batch):
         """Makes a batch of changes, on disk first; if that fails, the forced ones in memory."""
         after = self.make(batch)
+        self.unsaved.update(after)
         try:
             if not self.is_taken():
                 log("%s is gone, and is made anew", self.folder)
                 self.take()
                 self.unsaved.update(self.records)
-            # Those that could not be written before come first, as they may be written now.
-            for repo in self.unsaved - set(after):
-                self.save(repo, self.recall(repo))
-            for repo, records in after.items():
-                self.save(repo, records)
+            # With those that could not be written before, as they may be written now.
+            for repo in self.unsaved:
+                self.save(repo, after.get(repo) or self.recall(repo))
             self.sync()
             self.unsaved.clear()
         except Exception as error:
-            log("can't write in %s: %s", self.folder, getattr(error, "strerror", None) or error)
+            log("can't write in %s: %s", self.folder, reason(error))
             with contextlib.suppress(OSError):
                 os.unlink(self.beside)
             # Nothing of a batch counts but what has happened anyway: the start or end of a run.
             for change in batch:
-                change.failure = error
+                change.outcome = error
             after = self.make([change for change in batch if change.is_forced])
-            self.unsaved.update(after)
-        self.records.update(after)
-        # A repository of which nothing is remembered needs no memory.
-        for repo in [repo for repo, records in after.items() if not records.all()]:
-            del self.records[repo]
+        for repo, records in after.items():
+            self.records[repo] = records
+            # A repository of which nothing is remembered needs no memory.
+            if not records.all():
+                del self.records[repo]
 
     def make(self, batch):
         """{repo: Records} after these changes, one after the other."""
@@ -799,11 +771,10 @@ class Journal:
         for change in batch:
             try:
                 before = after.get(change.repo) or self.recall(change.repo)
-                change.made = change.method(before, *change.args)
-                change.failure = None
-                after[change.repo] = change.made
+                change.outcome = change.method(before, *change.args)
+                after[change.repo] = change.outcome
             except Exception as error:
-                change.failure = error
+                change.outcome = error
         return after
 
     def recall(self, repo):
@@ -820,12 +791,12 @@ class Journal:
             write_synced(self.beside, records.encode())
             os.rename(self.beside, self.path(repo))
             return
-        for path in (self.path(repo), os.path.join(self.folder, repo + ".lock")):
+        for name in (repo + ".json", repo + ".lock"):
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
+                os.unlink(os.path.join(self.folder, name))
 
     def sync(self):
-        os.fsync(self.folder_fd)
+        os.fsync(self.fds[-1])
 
 
 # -- run: what is live, and a program that changes it -------------------------
@@ -2099,23 +2070,22 @@ def be_process_1(options):
     """As process 1 of a container: has a child serve, passes signals on, reaps what it inherits.
 
     Returns the child's exit status. Nothing else may wait for just any process."""
-    passed_on = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    signal.pthread_sigmask(signal.SIG_BLOCK, passed_on)
     child = os.fork()
     if child == 0:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, passed_on)
         return serve_or_say(options)
 
     def pass_on(number, _):
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, number)
-    for number in passed_on:
+    # A signal that comes before this ends process 1, and all of the container with it.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, pass_on)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, passed_on)
     while True:
         pid, status = os.wait()
+        if pid == child and os.WIFSIGNALED(status):
+            return 128 + os.WTERMSIG(status)
         if pid == child:
-            return os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
+            return os.WEXITSTATUS(status)
 
 
 def make_parser():
