@@ -301,8 +301,8 @@ def test_a_shortage_of_threads_passes(start_slave):
         assert slave.get("/healthz")[0] == 200
 
 
-def test_a_header_has_so_many_seconds_in_all(start_slave):
-    """Ten of them, see test_slave_records.py; here fewer."""
+def test_a_header_has_ten_seconds_in_all(start_slave):
+    """Fewer in this copy; ten by test_how_long_it_waits_is_as_promised."""
     slave = start_slave(constants={"HEADER_TIMEOUT_S": 4})
     with connect(slave.port) as slow, connect(slave.port) as silent, connect(slave.port) as idle:
         idle.sendall(b"GET /healthz HTTP/1.1\r\n\r\n")
