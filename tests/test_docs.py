@@ -25,6 +25,8 @@ BY_TEST = {
     ("recipes.md", "install -d /etc/server-update/hooks"): "test_uploads_are_kept",
     ("security.md", "./install.sh master --new"): "test_new_secret_is_for_its_owner_only_and_kept",
     ("security.md", "target="): "test_the_page_signs_with_curl_and_a_shell",
+    ("security.md", "origin="): "test_the_page_signs_with_a_key_of_its_own",
+    ("security.md", "(umask 077; openssl"): "test_keys_are_brought_to_their_slaves",
 }
 # (page, how a block begins): why nothing runs it.
 BY_NOTHING = {

@@ -772,7 +772,7 @@ def test_help_names_every_option_and_its_default(server_update, monkeypatch):
     server_update.parse_args(["x"])
     for name in names:
         assert re.search(r"\n  (-., )?%s[ ,]" % name, server_update.__doc__), name
-    assert len(names) == 28
+    assert len(names) == 30
     for name, default in defaults.items():
         entry = server_update.__doc__.partition("\n  %s " % name)[2].partition("\n  -")[0]
         assert "(%s)" % (default if isinstance(default, str) else "%g" % default) in entry, name
