@@ -2017,6 +2017,7 @@ def serve(options):
     command = find_slave_activate()
     # glibc keeps 40 MB of stacks that were used: better a few large ones.
     threading.stack_size(2 << 20)
+    end_a_thread()
     # What was queued starts once it listens.
     updater = Updater(settings, command)
     server = Server(updater, guard, served_file)
@@ -2029,6 +2030,13 @@ def serve(options):
     log("listening on port %d (%s%s)", server.server_address[1],
         settings["BIND"] or "all addresses", ", TLS" if server.tls else "")
     serve_until_stopped(server)
+
+
+def end_a_thread():
+    """Has glibc load now what threads end with: later, without memory, it aborts (bpo-44434)."""
+    thread = threading.Thread(target=time.time)
+    thread.start()
+    thread.join()
 
 
 def serve_until_stopped(server):

@@ -11,7 +11,7 @@ import termios
 import threading
 import time
 
-from processes import wait_until
+from processes import LATEST_S, wait_until
 from product import SERVER_UPDATE
 
 
@@ -63,6 +63,6 @@ class Run:
         assert "Traceback" not in self.text + self.errors
         return self.text
 
-    def wait_for(self, pattern, timeout=20):
+    def wait_for(self, pattern, timeout=LATEST_S):
         """Wait until the text has `pattern`."""
         wait_until(lambda: re.search(pattern, self.text), timeout, what=pattern)

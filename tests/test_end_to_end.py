@@ -346,6 +346,6 @@ def test_the_demo_leaves_nothing_however_it_ends(tmp_path, end):
     elif end == "kill":
         process.terminate()
     process.stdout.close()
-    assert process.wait(20)
+    assert process.wait(60)
     assert names_in(tmp_path) == ["home"]
     assert processes_below(tmp_path) == []

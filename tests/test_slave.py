@@ -299,9 +299,9 @@ def test_states_and_the_long_poll(start_slave, upstream):
             record = poll.result()
             assert record["state"] == "live"
             late.append(time.time() - record["finished"])
-    assert min(late) < 5, "a long poll returns at the end, not when its time is up: %s" % late
+    assert min(late) < 15, "a long poll returns at the end, not when its time is up: %s" % late
     ended = float((slave.home / "ended").read_text())
-    assert 0 < record["finished"] - ended < 5
+    assert 0 < record["finished"] - ended < 15
     began = time.monotonic()
     assert slave.json("/status?repo=hanuman&update=%d&wait=1" % second)["state"] == "running"
     assert 0.9 < time.monotonic() - began < 15

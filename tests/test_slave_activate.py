@@ -422,7 +422,7 @@ def test_what_a_hook_has_started_lives_on_and_holds_nothing(activate, upstream, 
     pid = tmp_path / "pid"
     activate.hook("post-update", "[ -e %s ] || { sleep 60 & echo $! >%s; }\n" % (pid, pid))
     process = activate.start("r", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    assert process.wait(30) == 0
+    assert process.wait(60) == 0
     daemon = int(pid.read_text())
     try:
         assert activate.good("r", timeout=60)
@@ -466,7 +466,7 @@ def test_other_repositories_do_not_wait(activate, upstream):
     slow = activate.start("r")
     wait_until(lambda: (activate.bin / "in").exists())
     try:
-        assert activate("other", timeout=20).status == 0
+        assert activate("other", timeout=60).status == 0
         assert slow.poll() is None
     finally:
         os.killpg(slow.pid, 15)

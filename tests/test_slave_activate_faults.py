@@ -174,7 +174,7 @@ def test_nothing_of_the_callers_is_held_after_its_end(activate, upstream, shell)
     upstream.create("r")
     prefix = ["sh", "-c", 'exec "$@" 3>&1 7>&1', "sh", *shell.split()]
     with activate.start("r", prefix=prefix, stderr=None) as process:
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
         number = process.stdout.fileno()
         os.set_blocking(number, False)
         assert os.read(number, 4096).startswith(b"r ")
@@ -447,7 +447,7 @@ def test_it_stays_alone_on_a_terminal_too(activate, upstream):
     os.close(slave)
     wait_until((activate.bin / "in-hook").exists)
     os.write(master, b"\x03")
-    assert process.wait(10) == 1
+    assert process.wait(60) == 1
     text = os.read(master, 4096)
     os.close(master)
     assert text.endswith(b"slave-activate: interrupted\r\n")

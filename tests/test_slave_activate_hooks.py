@@ -232,7 +232,7 @@ def test_a_hook_that_ignores_term_is_killed(activate, tmp_path, shell):
     process = activate.start("r", prefix=shell.split())
     wait_until(lambda: pids.exists() and pids.read_text().count(" "))
     os.kill(process.pid, signal.SIGTERM)
-    result = finish(process, 20)
+    result = finish(process, 60)
     assert (result.status, result.last) == (
         3,
         "slave-activate: live, but post-update hook failed (137)",

@@ -27,7 +27,7 @@ def test_an_upstream_that_hangs(activate, http_upstream, shell):
     first, _ = activate.good("r", env={"SERVER_UPDATE_TIMEOUT": "60"})
     before = snapshot(activate.live())
     http_upstream.fault = "hang"
-    result = activate("r", prefix=shell.split(), timeout=40)
+    result = activate("r", prefix=shell.split())
     assert (result.status, result.out) == (1, ""), result
     assert result.last.startswith("slave-activate: TIMEOUT (2 s) is over; ")
     assert (snapshot(activate.live()), activate.leftovers()) == (before, [])
@@ -36,7 +36,7 @@ def test_an_upstream_that_hangs(activate, http_upstream, shell):
 @pytest.mark.parametrize("shell", SHELLS)
 def test_a_pre_update_that_hangs(activate, shell):
     activate.hook("pre-update", "echo thinking; sleep 60\n")
-    result = activate("r", prefix=shell.split(), timeout=40)
+    result = activate("r", prefix=shell.split())
     assert (result.status, result.out) == (1, ""), result
     assert "TIMEOUT (2 s) is over" in result.err
     assert result.last == "slave-activate: pre-update hook failed (143): thinking"
@@ -49,7 +49,7 @@ def test_a_post_update_that_hangs(activate, repo, tmp_path, shell, ignores):
     """What it has started is ended too."""
     pids = tmp_path / "pids"
     activate.hook("post-update", ignores + "sleep 60 & echo $! $$ >%s; wait; sleep 60\n" % pids)
-    result = activate("r", prefix=shell.split(), timeout=20)
+    result = activate("r", prefix=shell.split())
     assert (result.status, result.out) == (3, "r %s -\n" % repo.head()), result
     status = 137 if ignores else 143
     assert result.last == (
@@ -73,7 +73,7 @@ def test_who_has_the_lock_is_told(activate, shell):
     activate.hook("pre-update", "touch %s; sleep 60\n" % marker)
     holder = activate.start("r", env={"SERVER_UPDATE_TIMEOUT": "100"})
     wait_until(marker.exists)
-    result = activate("r", prefix=shell.split(), timeout=40)
+    result = activate("r", prefix=shell.split())
     holder.terminate()
     assert finish(holder, 10).status == 1
     lock = activate.state / "r.lock"
@@ -97,7 +97,7 @@ def test_a_kill_of_the_shell_ends_its_git_soon(activate, http_upstream):
     assert gits
     process.kill()
     process.communicate()
-    wait_until(lambda: not [pid for pid in gits if is_running(pid)], timeout=20)
+    wait_until(lambda: not [pid for pid in gits if is_running(pid)])
 
 
 def pids_in_session(session):
@@ -131,7 +131,7 @@ def test_the_settings_file_has_it_too(activate, http_upstream, tmp_path):
     activate.settings["CONF"] = str(tmp_path / "slave.conf")
     activate.settings["BASE_URL"] = http_upstream.url
     http_upstream.fault = "hang"
-    assert "TIMEOUT (1 s) is over" in activate("r", timeout=40).last
+    assert "TIMEOUT (1 s) is over" in activate("r").last
 
 
 # -- leftovers ---------------------------------------------------------------------------
@@ -278,7 +278,7 @@ def test_a_removal_that_takes_long(activate, repo, slow_rm, shell, hook):
     second = repo.commit({"f": "2"})
     if hook:
         activate.hook("post-update", "touch ran\n")
-    result = activate("r", prefix=shell.split(), env=slow_rm, timeout=20)
+    result = activate("r", prefix=shell.split(), env=slow_rm)
     assert (result.status, result.out) == (3 if hook else 0, "r %s %s\n" % (second, first)), result
     assert "the next run removes the rest of the old tree" in result.err
     if hook:

@@ -71,13 +71,13 @@ def cpu_s(slave):
 def test_connections_that_are_reset_leave_nothing(start_slave):
     slave = start_slave()
     slave.get("/healthz")
-    wait_until(lambda: threads(slave) == 2, 5, what="threads to end")
+    wait_until(lambda: threads(slave) == 2, what="threads to end")
     before = open_files(slave)
     for _ in range(RESETS):
         connection = connect(slave.port)
         connection.sendall(b"GET /healthz HTTP/1.1\r\n\r\n")
         reset(connection)
-    wait_until(lambda: open_files(slave) <= before, 10, what="descriptors as before")
+    wait_until(lambda: open_files(slave) <= before, what="descriptors as before")
     far = [connect(slave.port) for _ in range(10)]
     time.sleep(0.1)  # they are so far away
     for client in far:
@@ -93,7 +93,7 @@ def test_who_follows_an_update_leaves_nothing_either(start_slave, tmp_path, is_r
     stand_in(slave, 'until [ -e "%s" ]; do sleep 0.05; done' % (tmp_path / "go"))
     update = slave.signal()
     wait_runs(slave, 1)
-    wait_until(lambda: threads(slave) <= 3, 10, what="idle threads to end")
+    wait_until(lambda: threads(slave) <= 3, what="idle threads to end")
     before = open_files(slave)
     followers = []
     for _ in range(300):  # more than there is room for
@@ -104,11 +104,11 @@ def test_who_follows_an_update_leaves_nothing_either(start_slave, tmp_path, is_r
         else:
             followers.append(follower)
     if not is_reset:
-        wait_until(lambda: open_files(slave) <= before + 260, 10, what="some to give way")
+        wait_until(lambda: open_files(slave) <= before + 260, what="some to give way")
         assert slave.get("/healthz")[0] == 200
         for follower in followers:
             reset(follower)
-    wait_until(lambda: open_files(slave) <= before, 10, what="descriptors as before")
+    wait_until(lambda: open_files(slave) <= before, what="descriptors as before")
     half = connect(slave.port)
     half.sendall(b"GET /status?repo=hanuman&update=%d&wait=30 HTTP/1.0\r\n\r\n" % update)
     half.shutdown(socket.SHUT_WR)
@@ -165,8 +165,8 @@ def test_a_long_day(start_slave, tmp_path):
 
     def rest():
         wait_until(lambda: not any(one["state"] in ("queued", "running")
-                                   for one in slave.json("/status")["repos"].values()), 20)
-        wait_until(lambda: threads(slave) == 2, 20, what="threads to end")
+                                   for one in slave.json("/status")["repos"].values()))
+        wait_until(lambda: threads(slave) == 2, what="threads to end")
         return open_files(slave), rss_kib(slave.process.pid)
 
     send(1000)
@@ -234,7 +234,7 @@ def test_closed_standard_files(start_slave):
             return connect(slave.port)
         except ConnectionError:
             return None
-    first = wait_until(is_up, 10, what="slave.py to listen")
+    first = wait_until(is_up, what="slave.py to listen")
     others = [connect(slave.port) for _ in range(5)]
     for name in "012":
         assert os.readlink("/proc/%d/fd/%s" % (slave.process.pid, name)) == "/dev/null"
@@ -293,8 +293,8 @@ def test_no_memory_ends_a_connection_and_no_more(start_slave):
             with connect(slave.port) as client:
                 client.sendall(big)
         resource.prlimit(pid, resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
-        assert slave.process.poll() is None
-        wait_until(lambda: slave.get("/healthz")[0] == 200, 5)
+        assert slave.process.poll() is None, slave.log()
+        wait_until(lambda: slave.get("/healthz")[0] == 200)
     assert slave.wait_update()["state"] == "live"
 
 
@@ -332,7 +332,7 @@ def test_refusals_are_logged_ten_a_second_then_counted(start_slave):
     def counted():
         left_out = sum(map(int, re.findall(r"(\d+) more like these were left out", slave.log())))
         return slave.log().count("refused with 400") + left_out == REFUSALS
-    wait_until(counted, 5, what="all refusals, logged or counted")
+    wait_until(counted, what="all refusals, logged or counted")
     assert slave.log().count("refused with 400") <= 10 * (took + 2)
     assert slave.log().count("left out") <= took + 2
 
@@ -346,7 +346,7 @@ def test_a_served_file_takes_as_long_as_its_reader(start_slave, tmp_path):
     slave = start_slave(args=[page], constants={"HEADER_TIMEOUT_S": 2})
     slow = socket.socket()
     slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
-    slow.settimeout(10)
+    slow.settimeout(60)
     slow.connect(("127.0.0.1", slave.port))
     slow.sendall(b"GET / HTTP/1.1\r\n\r\n")
     got, began = 0, time.monotonic()
@@ -519,7 +519,7 @@ def test_a_log_that_nobody_reads_stops_nothing(start_slave):
                 return slave.get("/healthz")[0] == 200
             except OSError:
                 return False
-        wait_until(is_up, 15, what="it to listen")
+        wait_until(is_up, what="it to listen")
         os.set_blocking(writer, False)
         try:
             while True:
@@ -530,7 +530,7 @@ def test_a_log_that_nobody_reads_stops_nothing(start_slave):
         assert slave.wait_update()["state"] == "live"
         assert slave.get("/nope")[0] == 404
         process.terminate()
-        assert process.wait(15) == 0
+        assert process.wait(60) == 0
     finally:
         os.close(reader)
         os.close(writer)
@@ -549,13 +549,13 @@ def test_allow_from_keeps_nobody_from_healthz(start_slave):
 def test_a_signal_at_the_start_is_no_traceback(start_slave, number):
     slave = start_slave(wait=False)
     # The last of the three that it sets; before that it is Python that starts, not yet this.
-    wait_until(lambda: heeds(slave.process.pid, signal.SIGHUP), 15, what="it to heed signals")
+    wait_until(lambda: heeds(slave.process.pid, signal.SIGHUP), what="it to heed signals")
     slave.process.send_signal(number)
     if number == signal.SIGHUP:
-        wait_until(lambda: "listening on port" in slave.log(), 15, what="it to go on")
+        wait_until(lambda: "listening on port" in slave.log(), what="it to go on")
         assert slave.stop() == 0
     else:
-        assert slave.process.wait(15) == 0
+        assert slave.process.wait(60) == 0
     assert "Traceback" not in slave.log()
 
 
@@ -572,7 +572,7 @@ def test_too_few_threads_make_it_slow(start_slave):
     unfinished = [connect(slave.port) for _ in range(8)]
     for connection in unfinished:
         connection.sendall(b"GET /heal")
-    wait_until(lambda: threads(slave) >= 10, 10, what="a thread for each")
+    wait_until(lambda: threads(slave) >= 10, what="a thread for each")
     pid = slave.process.pid
     with open("/proc/%d/status" % pid) as status:
         size = int(re.search(r"VmSize:\s+(\d+)", status.read()).group(1)) * 1024

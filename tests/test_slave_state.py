@@ -94,7 +94,7 @@ def test_whatever_is_raised_the_update_ends(start_slave, name):
     restart(slave)
     stand_in(slave)
     slave.signal()
-    wait_until(lambda: record_file(slave)["state"] in ("failed", "live"), 5, what="its end")
+    wait_until(lambda: record_file(slave)["state"] in ("failed", "live"), what="its end")
     update = record_file(slave)["update"]
     stand_in(slave)
     slave.signal()
@@ -126,7 +126,7 @@ def test_a_record_that_cannot_be_read_now_stays_and_is_not_lost(start_slave):
     assert slave.wait_update("other")["state"] == "live", "others are as they were"
     assert slave.log().count("can't be read now") == 1
     path.chmod(0o600)
-    wait_until(lambda: "hanuman ends" in runs(slave), 5, what="the accepted update")
+    wait_until(lambda: "hanuman ends" in runs(slave), what="the accepted update")
     assert slave.wait_update(update=1000)["state"] == "live"
     assert not list(slave.state.glob("*.broken"))
 
@@ -186,7 +186,7 @@ def test_a_state_folder_that_is_removed_is_made_anew(start_slave, tmp_path):
         (slave.home / ("go-" + name)).touch()
     slave.start()
     for name in ("running", "hanuman"):
-        wait_until(lambda name=name: slave.json("/status?repo=" + name)["state"] == "live", 10)
+        wait_until(lambda name=name: slave.json("/status?repo=" + name)["state"] == "live")
 
 
 def test_a_state_folder_that_is_moved_away_is_made_anew(start_slave):
@@ -252,12 +252,12 @@ def test_only_so_many_repositories_without_a_tree_are_remembered(start_slave, tm
     (slave.repos / "live").mkdir()
     slave.start()
     assert slave.wait_update("newest")["state"] == "failed"
-    wait_until(lambda: len(slave.json("/status")["repos"]) <= FULL + 1, 20, what="some forgotten")
+    wait_until(lambda: len(slave.json("/status")["repos"]) <= FULL + 1, what="some forgotten")
     repos = slave.json("/status")["repos"]
     assert {"live", "newest", "x" * 90 + "1000"} <= set(repos)
     assert "x" * 90 + "50" not in repos
     assert len(slave.get("/status")[2]) < 1 << 20
-    wait_until(lambda: len(os.listdir(str(slave.state))) <= 2 * (FULL + 2), 10, what="their files")
+    wait_until(lambda: len(os.listdir(str(slave.state))) <= 2 * (FULL + 2), what="their files")
     entry = "127.0.0.1:%d" % slave.port
     (tmp_path / "list").write_text(entry + "\n")
     done = subprocess.run([PYTHON, "-I", str(SOURCES / "server-update"), "--list",
@@ -429,9 +429,9 @@ def test_process_1_reaps_what_it_inherits(start_slave):
     for _ in range(5):
         assert slave.wait_update()["state"] == "live"
     orphans = slave.home / "orphans"
-    wait_until(lambda: orphans.exists() and len(orphans.read_text()) == 5, 10, what="the orphans")
+    wait_until(lambda: orphans.exists() and len(orphans.read_text()) == 5, what="the orphans")
     (first,) = children(slave.process.pid)
-    wait_until(lambda: not any(map(is_zombie, children(first))), 5, what="no zombies")
+    wait_until(lambda: not any(map(is_zombie, children(first))), what="no zombies")
     os.kill(first, 15)
     assert slave.process.wait(15) == 0
     slave.start()

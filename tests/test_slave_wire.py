@@ -267,7 +267,7 @@ def test_no_python_in_the_log(start_slave):
     stand_in(slave, text="#!/bin/sh\nprintf 'error: a\\tb\\n\\n' >&2\nexit 1\n")
     record = slave.wait_update()
     assert record["message"] == "a b"
-    wait_until(lambda: "live is nothing: a b\n" in slave.log(), 5)
+    wait_until(lambda: "live is nothing: a b\n" in slave.log())
     assert "None" not in slave.log() and "\\t" not in slave.log()
 
 
