@@ -424,7 +424,7 @@ def result(
     is_followed=True,
 ):
     good = server_update.is_good(outcome, is_followed)
-    fields = (outcome, commit, previous, message, repo, None)
+    fields = (outcome, commit, previous, message, repo, None, None, None)
     return server_update.Result(slave, number, seconds, good, *fields)
 
 

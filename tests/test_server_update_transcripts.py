@@ -228,12 +228,17 @@ def told_history(*records):
 
 AT = 1700000000  # 2023-11-14 22:13:20Z
 RELAY = {"live": 298, "unreachable": 2}
+SAID = "beneath: 298 live, 2 unreachable"
+BELOW = [
+    {"slave": "web%d" % n, "outcome": "unreachable", "message": "connection refused"}
+    for n in (17, 18)
+]
 STORIES = {  # name: what the slaves do, the options
     "outcomes": (
         [
             updates(hook=None),
             updates(hook=1, message="nginx: [emerg] bad config in line 7"),
-            updates(hook=None, beneath=RELAY, message="beneath: 298 live, 2 unreachable"),
+            updates(hook=None, beneath=RELAY, beneath_bad=BELOW, message=SAID),
             raw(http("200 OK", "<h1>Log in</h1>", "text/html")),
             updates(hook=None, pin=None, ref="v2"),
         ],

@@ -1,0 +1,138 @@
+"""Relays: what is beneath them is counted, named and judged, whatever a relay says of it."""
+
+import json
+
+import pytest
+from farm import COMMIT, error, updates
+
+BAD = [
+    {"slave": "web3", "outcome": "unreachable", "message": "connection refused"},
+    {"slave": "web4", "outcome": "unreachable", "message": "connection refused"},
+    {"slave": "relay2 > db1", "outcome": "failed", "message": "no space left"},
+]
+COUNTS = {"live": 298, "unreachable": 2, "failed": 1}
+WORDS = "beneath: 298 live, 2 unreachable, 1 failed"
+
+
+def relay(counts, bad=None, message="", **more):
+    """A kind that has gone live, with these beneath."""
+    return updates(beneath=counts, beneath_bad=bad, message=message, hook=None, **more)
+
+
+def test_what_is_beneath_is_told_in_json_and_summed(farm, update):
+    entries = [
+        farm.add(relay(COUNTS, BAD, WORDS)),
+        farm.add(relay({"live": 5})),
+        farm.add(updates()),
+    ]
+    done = update(entries, "--json")
+    assert done.returncode == 1
+    assert done.outcomes == dict(zip(entries, ["beneath failed", "live", "live"]))
+    first, second, third = [done.results[entry] for entry in entries]
+    assert (first["beneath"], first["beneath_bad"], first["message"]) == (COUNTS, BAD, WORDS)
+    assert second["beneath"] == {"live": 5}
+    assert "beneath_bad" not in second
+    assert "beneath" not in third
+    assert done.summary["beneath"] == {"live": 303, "unreachable": 2, "failed": 1}
+    assert done.summary["outcomes"] == {"beneath failed": 1, "live": 2}
+
+
+def test_without_a_relay_nothing_is_said_of_any(farm, update):
+    done = update([farm.add(updates())], "--json")
+    assert "beneath" not in json.dumps(done.lines)
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_those_beneath_that_are_not_good_are_named(farm, update, many):
+    """Where each slave has its line, and where they are summed up."""
+    entry = farm.add(relay(COUNTS, BAD, WORDS))
+    entries = [entry] + [farm.add(relay({"live": 1})) for _ in range(60 if many else 2)]
+    done = update(entries)
+    assert done.returncode == 1
+    *causes, totals, beneath, _ = done.stdout.partition("\nto ")[0].strip().splitlines()
+    causes = [line.strip() for line in causes if line][-6 if many else -4 :]
+    assert totals.startswith("hanuman: %d live, 1 beneath failed of " % (len(entries) - 1))
+    assert beneath == "beneath: %d live, 1 failed, 2 unreachable" % (298 + len(entries) - 1)
+    if many:
+        assert causes[:2] == ["1 beneath failed: " + WORDS, entry]
+    assert causes[-4:] == [
+        "1 failed: no space left",
+        entry + " > relay2 > db1",
+        "2 unreachable: connection refused",
+        "%s > web[3-4]" % entry,
+    ]
+
+
+def test_the_status_names_them_too(farm, update):
+    entry = farm.add(relay(COUNTS, BAD, WORDS))
+    done = update([entry], "--status", "--json")
+    assert done.results[entry]["beneath"] == COUNTS
+    assert done.results[entry]["beneath_bad"] == BAD
+    assert done.summary["beneath"] == COUNTS
+    said = update([entry], "--status").stdout
+    assert "    %s > web[3-4]\n" % entry in said
+
+
+def test_an_update_that_failed_on_a_relay_failed(farm, update):
+    """It says of all beneath it that they were not started."""
+    entry = farm.add(relay({"not started": 7}, state="failed", message="no net"))
+    done = update([entry], "--json")
+    assert done.outcomes == {entry: "failed"}
+    assert done.results[entry]["beneath"] == {"not started": 7}
+
+
+def test_a_circle_is_refused(farm, update):
+    entry = farm.add(error("409 Conflict", "a circle of relays: this one is beneath itself"))
+    done = update([entry], "--json")
+    assert done.outcomes == {entry: "refused"}
+    message = "a circle of relays: this one is beneath itself (HTTP 409)"
+    assert done.results[entry]["message"] == message
+    assert farm.signals[entry.split(":")[0]] == 1
+
+
+@pytest.mark.parametrize(
+    ("counts", "outcome"),
+    [
+        ({"live": 1, "of a later version": 1}, "beneath failed"),
+        ({"live": 1, "of a later version": 0}, "live"),
+        ({"live": -1}, "failed"),
+        ({"live": True}, "failed"),
+        ({"live": 1.5}, "failed"),
+        ({"live": None}, "failed"),
+        ({"live": 10**40}, "failed"),
+        ({"\x1b[2J" * 999: 1}, "beneath failed"),
+        ("many", "failed"),
+    ],
+)
+def test_counts_of_any_kind_are_counted_or_make_no_sense(farm, update, counts, outcome):
+    entry = farm.add(relay(counts))
+    done = update([entry], "--json", "--timeout=20")
+    assert done.outcomes[entry] in (outcome, "timeout" if outcome == "failed" else outcome)
+    assert "2J" not in json.dumps(done.summary)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "web3",
+        {"slave": "web3"},
+        [1, None, "web3", []],
+        [{"slave": 7, "outcome": ["x"], "message": {"a": "b"}}],
+        [{}] * 1000,
+        [{"slave": "x\x1b[2J", "outcome": "of a later version", "message": "y" * 9000}],
+    ],
+)
+def test_names_of_any_kind_harm_nobody(farm, update, bad):
+    entry = farm.add(relay({"live": 1, "failed": 1}, bad))
+    done = update([entry], "--json")
+    assert done.outcomes == {entry: "beneath failed"}
+    told = done.results[entry].get("beneath_bad", [])
+    assert len(told) <= 100
+    for one in told:
+        assert set(one) == {"slave", "outcome", "message"}
+        assert one["outcome"] == "failed"
+        assert one["slave"].isprintable() and len(one["message"]) <= 300
+    plain = update([entry])
+    assert plain.returncode == 1
+    assert "\x1b" not in plain.stdout
+    assert "commits: %s on 1\n" % COMMIT[:7] in plain.stdout
