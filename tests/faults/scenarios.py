@@ -340,6 +340,37 @@ def an_unsigned_signal_is_refused(place):
     assert not (slave.repos / "site").exists()
 
 
+def a_slaves_key_is_worth_nothing_at_another(place):
+    """Two slaves with keys of their own; once one has the other's, it takes no signal."""
+    master_key = place.folder / "master-key"
+    master_key.write_text("0123456789abcdef0123456789abcdef\n")
+    master_key.chmod(0o600)
+    options = ["--master-key-file", str(master_key)]
+    slaves = [place.slave(), place.slave()]
+    keys = []
+    for slave in slaves:
+        told = subprocess.run([PYTHON, "-I", str(place.bin / "server-update"), *options,
+                               "--slave-key", slave.url], stdout=subprocess.PIPE, check=True)
+        keys.append(told.stdout)
+    give_keys(slaves, keys)
+    status, output = place.update([slave.url for slave in slaves], *options)
+    assert status == 0, output
+    give_keys(slaves, [keys[0], keys[0]])
+    status, output = place.update([slave.url for slave in slaves], *options)
+    assert status == 1, output
+    assert re.search(re.escape(slaves[1].url) + ".*refused", output), output
+
+
+def give_keys(slaves, keys):
+    """Start slaves anew, each with its key."""
+    for slave, key in zip(slaves, keys):
+        slave.settings["SECRET_FILE"] = slave.home / "key"
+        slave.settings["SECRET_FILE"].write_bytes(key)
+        slave.settings["SECRET_FILE"].chmod(0o600)
+        slave.stop()
+        slave.start()
+
+
 def nothing_of_a_run_outlives_it(place):
     """What a hook leaves running in the background is gone soon after the update."""
     place.hook("post-update", "sleep 300 >/dev/null 2>&1 &\n")
@@ -441,7 +472,8 @@ SCENARIOS = [
     a_damaged_pack_heals, a_clone_stands_alone, two_at_once_take_turns,
     a_reader_never_sees_it_missing, the_last_signal_wins, ids_grow_although_the_clock_went_back,
     no_name_reaches_outside_by_hand, no_name_reaches_outside_by_http,
-    an_unsigned_signal_is_refused, nothing_of_a_run_outlives_it, a_dead_slave_is_no_success,
+    an_unsigned_signal_is_refused, a_slaves_key_is_worth_nothing_at_another,
+    nothing_of_a_run_outlives_it, a_dead_slave_is_no_success,
     a_failed_update_is_no_success, different_commits_are_no_success, what_is_told_as_live_is_live,
     a_replaced_update_is_no_success, a_restart_between_signal_and_outcome_is_seen_through,
 ]

@@ -102,6 +102,10 @@ def broken(self, values, *signed):
     if values:
         original(self, values, *signed)
 """, scenarios.an_unsigned_signal_is_refused),
+    Mutation("one key for all slaves", "server-update", "derive_key", """
+def broken(master_key, origin):
+    return original(master_key, "")
+""", scenarios.a_slaves_key_is_worth_nothing_at_another),
     Mutation("the older ref wins", "slave.py", "Records.accept", """
 def broken(self, repo, ref, *more):
     return original(self, repo, self.queued.ref if self.queued else ref, *more)
@@ -159,7 +163,7 @@ def test_the_suite_catches(mutation, tmp_path):
 
 
 def test_mutations_are_many_and_touch_every_script():
-    assert len(MUTATIONS) >= 26
+    assert len(MUTATIONS) >= 27
     assert {mutation.scenario for mutation in MUTATIONS} == set(scenarios.SCENARIOS)
     assert {mutation.script for mutation in MUTATIONS} == set(SCRIPTS)
 
