@@ -46,8 +46,6 @@ from queue import Empty, SimpleQueue
 from urllib.parse import unquote
 
 VERSION = "1.0"
-CONF_FILE = "/etc/server-update/slave.conf"
-SECRET_FILE = "/etc/server-update/secret"
 
 # Updates
 MAX_RUNNING = 4  # side by side
@@ -108,6 +106,8 @@ HASH_RE = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 MAX_REF_BYTES = 255  # in UTF-8
 MAX_NOTE_CHARS = 200
 MIN_SECRET_BYTES = 16
+CONFIG_FOLDER = "/etc/server-update"  # of scripts under these:
+USUAL_PREFIXES = ("/", "/usr", "/usr/local")
 
 
 def is_repo_name(text):
@@ -145,6 +145,33 @@ def is_absent(path):
     return False
 
 
+def config_folder(script):
+    """The folder of settings and keys for the script at this path.
+
+    One at PREFIX/bin/NAME has PREFIX/etc/server-update, where there is one. OSError where that
+    can't be known, ValueError where others may write there."""
+    prefix, bin_folder = os.path.split(os.path.dirname(os.path.realpath(script)))
+    folder = os.path.join(prefix, "etc/server-update")
+    if bin_folder != "bin" or prefix in USUAL_PREFIXES or is_absent(folder):
+        return CONFIG_FOLDER
+    status = os.stat(folder)
+    if status.st_uid not in (0, os.geteuid()) or status.st_mode & 0o022:
+        raise ValueError("others than root and its user may write in '{0}'; do: "
+                         "chown root {0} && chmod go-w {0}".format(folder))
+    return folder
+
+
+def open_at_once(path, flags):
+    """Opens without waiting for the other end of a FIFO, or for a device: an opener of open()."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def check_regular(handle):
+    """Raises OSError unless what is open is a regular file."""
+    if not stat.S_ISREG(os.fstat(handle.fileno()).st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", handle.name)
+
+
 def sign(secret, method, target, when, nonce):
     """The signature of a request, in hex; `secret` is bytes, all else the text as it is sent."""
     lines = "\n".join(("server-update-1", method, target, when, nonce))
@@ -153,7 +180,8 @@ def sign(secret, method, target, when, nonce):
 
 def read_secrets(path):
     """The lines of a secret file: the first signs, any verifies. Raises ValueError or OSError."""
-    with open(path, "rb") as handle:
+    with open(path, "rb", opener=open_at_once) as handle:
+        check_regular(handle)
         mode = os.fstat(handle.fileno()).st_mode
         lines = handle.read(65536).splitlines()
     if mode & 0o077:
@@ -332,7 +360,8 @@ SETTINGS = {
     "BIND": Setting("", ipaddress.ip_address, "address to listen on, else all"),
     "TIMEOUT": Setting("600", parse_timeout, "seconds for an update"),
     "SUBMODULES": Setting("yes", parse_yes_or_no, "yes or no: clone them"),
-    "SECRET_FILE": Setting("", parse_path, "shared secret, else %s if it exists" % SECRET_FILE),
+    "SECRET_FILE": Setting("", parse_path, "keys, a line each, else " + CONFIG_FOLDER +
+                           "/secret if it exists"),
     "ALLOW_FROM": Setting("", parse_networks, "addresses and networks that may ask, else all"),
     "ALLOW_REPOS": Setting("", parse_globs,
                            "globs of repositories that may be updated, else all"),
@@ -341,19 +370,31 @@ SETTINGS = {
 }
 
 
+# What KEY.NAME may set for the repository NAME alone; what slave-activate is told.
+OWN_SETTINGS = ("BASE_URL", "HOOKS_DIR", "SUBMODULES", "TIMEOUT")
+ACTIVATE_SETTINGS = ("REPOS_DIR", *OWN_SETTINGS)
+
+
 def option_name(key):
     return "--" + key.lower().replace("_", "-")
 
 
+def is_setting(key):
+    """Whether a line of the settings file may begin with KEY or KEY.NAME."""
+    key, dot, repo = key.partition(".")
+    if dot:
+        return key in OWN_SETTINGS and is_repo_name(repo)
+    return key in SETTINGS
+
+
 def parse_setting(key, text):
-    """A setting's value: its default where `text` is empty, None where that is empty too."""
-    text = text or SETTINGS[key].default
+    """A setting's value; None where there is no text."""
     if not text:
         return None
     try:
         if not text.isprintable():
             raise ValueError("unprintable")
-        return SETTINGS[key].parse(text)
+        return SETTINGS[key.partition(".")[0]].parse(text)
     except ValueError:
         raise ValueError("bad %s '%s'" % (key, escape(text)))
 
@@ -363,7 +404,7 @@ def parse_line(line):
     key, equals, text = [part.strip() for part in line.partition("=")]
     if not equals:
         raise ValueError("no '=' in '%s'" % escape(key))
-    if key not in SETTINGS:
+    if not is_setting(key):
         raise ValueError("unknown setting '%s'" % escape(key))
     # Without the quotes around it that sh would take away as well.
     return key, parse_setting(key, QUOTED_RE.sub(r"\2", text))
@@ -386,14 +427,10 @@ def read_conf(path):
     return values
 
 
-def read_settings(environ, options):
-    """{KEY: value}: options win over SERVER_UPDATE_*, these over the file; ValueError, OSError."""
-    values = {key: parse_setting(key, "") for key in SETTINGS}
-    path = environ.get("SERVER_UPDATE_CONF") or CONF_FILE
-    if path != CONF_FILE or not is_absent(path):
-        values.update(read_conf(path))
+def read_given(environ, options):
+    """{KEY: value} of what the environment or, before that, an option gives; ValueError."""
+    values = {}
     for key in SETTINGS:
-        # The options come last, and win.
         for source, name in ((environ, "SERVER_UPDATE_" + key), (options, option_name(key))):
             text = source.get(name)
             if not text:
@@ -402,10 +439,36 @@ def read_settings(environ, options):
                 values[key] = parse_setting(key, text.strip())
             except ValueError as mistake:
                 raise ValueError("%s (set by %s)" % (mistake, name))
+    return values
+
+
+def read_settings(environ, options, folder=CONFIG_FOLDER):
+    """{KEY: value}, {KEY.NAME: value} too; options win over SERVER_UPDATE_*, these over the file.
+
+    `folder` has what no setting names, and is itself the value of CONFIG. ValueError, OSError."""
+    values = {key: parse_setting(key, setting.default) for key, setting in SETTINGS.items()}
+    values["CONFIG"] = folder
+    values["HOOKS_DIR"] = os.path.join(folder, "hooks")
+    path = os.path.join(folder, "slave.conf")
+    named = environ.get("SERVER_UPDATE_CONF")
+    found = {}
+    if named or not is_absent(path):
+        found = read_conf(named or path)
+    given = read_given(environ, options)
+    for key, value in found.items():
+        # A value for one repository gives way to one of the environment or an option, too.
+        if value is not None and key.partition(".")[0] not in given:
+            values[key] = value
+    values.update(given)
     # A certificate may have its key in the same file; a key alone certifies nothing.
     if values["TLS_KEY"] and not values["TLS_CERT"]:
         raise ValueError("TLS_KEY is set, but TLS_CERT is not")
     return values
+
+
+def own_setting(settings, key, repo):
+    """The value that holds for a repository: that of KEY.NAME, or else of KEY."""
+    return settings.get("%s.%s" % (key, repo), settings[key])
 
 
 # -- records: what is remembered of updates; pure ---------------------------
@@ -595,16 +658,10 @@ def decode_records(repo, data):
 
 # -- journal: the records of all repositories, in memory and on disk ---------
 
-def open_at_once(path, flags):
-    """Opens without waiting for the other end of a FIFO, or for a device: an opener of open()."""
-    return os.open(path, flags | os.O_NONBLOCK)
-
-
 def read_file(path):
-    """What is in a file; OSError where it is none."""
+    """What is in a file; OSError where it is none. It never waits for a FIFO or a device."""
     with open(path, "rb", opener=open_at_once) as handle:
-        if not stat.S_ISREG(os.fstat(handle.fileno()).st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", path)
+        check_regular(handle)
         return handle.read()
 
 
@@ -1074,7 +1131,7 @@ class Guard:
     def __init__(self, settings):
         """OSError or ValueError where something that says who may can't be looked at."""
         self.settings = settings
-        self.path = settings["SECRET_FILE"] or SECRET_FILE
+        self.path = settings["SECRET_FILE"] or os.path.join(settings["CONFIG"], "secret")
         self.secrets = []
         self.complaint = ""  # of a secret file that is no good by now
         # One key's flood takes nothing from another key.
@@ -1138,9 +1195,9 @@ class Guard:
 class Hook:
     """The pre-update hook. Once there is one, no update goes without it."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, default):
         """OSError where it can't be looked at; what a setting names must exist."""
-        if folder != SETTINGS["HOOKS_DIR"].default:
+        if folder != default:
             os.stat(folder)
         self.path = os.path.join(folder, "pre-update")
         self.is_there = not is_absent(self.path)
@@ -1155,6 +1212,13 @@ class Hook:
             raise Refusal(503, "the pre-update hook is gone; if that is meant, restart the slave",
                           RETRY_LATER)
         self.is_there = not is_gone
+
+
+def find_hooks(settings):
+    """{HOOKS_DIR: its Hook} for all that are set; OSError where one can't be looked at."""
+    default = os.path.join(settings["CONFIG"], "hooks")
+    return {folder: Hook(folder, default)
+            for key, folder in settings.items() if key.startswith("HOOKS_DIR")}
 
 
 # -- updater ------------------------------------------------------------------
@@ -1202,13 +1266,19 @@ class Updater:
     def __init__(self, settings, command):
         """What was queued or running when the slave ended is queued again; OSError: can't."""
         self.settings = settings
-        self.hook = Hook(settings["HOOKS_DIR"])
+        self.hooks = find_hooks(settings)
         self.command = command  # slave-activate's path
         self.journal = Journal(os.path.join(settings["REPOS_DIR"], ".server-update"))
         self.told_to_stop = False  # set by a signal's handler, which may take no lock
         self.queue = Queue()
         for repo in sorted(self.journal.records):
             self.take_up(repo)
+
+    def setting(self, key, repo):
+        return own_setting(self.settings, key, repo)
+
+    def check_hook(self, repo):
+        self.hooks[self.setting("HOOKS_DIR", repo)].check()
 
     def tree(self, repo):
         """Where a repository's clone is, or would be."""
@@ -1237,7 +1307,7 @@ class Updater:
         waiting = self.queue.waiting
         if repo not in waiting and len(waiting) >= MAX_QUEUED:
             raise Refusal(503, "too many updates are queued", RETRY_LATER)
-        self.hook.check()
+        self.check_hook(repo)
         try:
             records = self.journal.commit(repo, Records.accept, repo, ref, time.time(), asked)
         except OSError as error:
@@ -1286,7 +1356,7 @@ class Updater:
         record = self.record(repo, Records.start, live, time.time()).running
         log("%s: update %d starts, ref %s", repo, record.update, record.ref or "not given")
         # It may have vanished while this update was queued.
-        self.hook.check()
+        self.check_hook(repo)
         changes = self.activate(record)
         if changes:
             self.end_update(repo, changes)
@@ -1294,11 +1364,11 @@ class Updater:
             self.record(repo, Records.stop)
             log("%s: update %d stopped, to be taken up again", repo, record.update)
 
-    def environ(self):
+    def environ(self, repo):
         """What slave-activate finds in its environment."""
         environ = dict(os.environ)
-        for key in ("BASE_URL", "REPOS_DIR", "HOOKS_DIR", "SUBMODULES", "TIMEOUT"):
-            environ["SERVER_UPDATE_" + key] = str(self.settings[key])
+        for key in ACTIVATE_SETTINGS:
+            environ["SERVER_UPDATE_" + key] = str(self.setting(key, repo))
         return environ
 
     def activate(self, record):
@@ -1310,10 +1380,10 @@ class Updater:
         if record.ref:
             command.append(record.ref.encode("utf-8"))  # whatever the locale can encode
         try:
-            run = Run(record.repo, command, self.environ())
+            run = Run(record.repo, command, self.environ(record.repo))
         except OSError as error:
             return failed("can't run %s" % error)
-        timeout_s = self.settings["TIMEOUT"]
+        timeout_s = self.setting("TIMEOUT", record.repo)
         try:
             why = run.wait(timeout_s + BACKSTOP_S, self.is_stopping)
             run.end_rest()
@@ -2009,7 +2079,8 @@ def stop_on_signals(updater):
 
 def serve(options):
     """Serves until SIGTERM or SIGINT; OSError or ValueError where it can't start."""
-    settings = read_settings(os.environ, options)
+    folder = config_folder(__file__)
+    settings = read_settings(os.environ, options, folder)
     guard = Guard(settings)
     served_file = None
     if options["FILE"]:
@@ -2021,6 +2092,7 @@ def serve(options):
     # What was queued starts once it listens.
     updater = Updater(settings, command)
     server = Server(updater, guard, served_file)
+    log("slave.py %s, settings and keys in %s", VERSION, folder)
     if not guard.secrets:
         log("no secret: who can reach the port can have repositories of %s updated here; to "
             "change that, put one into %s", settings["BASE_URL"], guard.path)

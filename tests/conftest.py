@@ -183,7 +183,7 @@ def start_slave(tmp_path, upstream):
     def start(args=(), env=None, wait=True, constants=None, **settings):
         folder = tmp_path / ("slave-%d" % (len(slaves) + 1))
         folder.mkdir()
-        settings = {key.upper(): value for key, value in settings.items()}
+        settings = {key if "." in key else key.upper(): value for key, value in settings.items()}
         settings.setdefault("BASE_URL", upstream.base_path)
         one = Slave(folder, settings, args, env)
         set_constants(one.bin / "slave.py", constants or {})

@@ -382,6 +382,7 @@ def test_defaults(tmp_path, monkeypatch):
         "BASE_URL": "https://github.com/aiegoo",
         "REPOS_DIR": "/home/me/repos",
         "HOOKS_DIR": "/etc/server-update/hooks",
+        "CONFIG": "/etc/server-update",
         "PORT": 9999,
         "BIND": None,
         "TIMEOUT": 600,

@@ -188,6 +188,17 @@ def test_the_secret_changes_without_a_gap(signed_slave, tmp_path):
     assert ask(signed_slave, secret=OTHER)[0] == 202
 
 
+def test_a_secret_that_becomes_a_fifo_holds_up_nobody(signed_slave, tmp_path):
+    secret = tmp_path / "secret"
+    secret.unlink()
+    os.mkfifo(str(secret), 0o600)
+    assert ask(signed_slave)[0] == 503
+    assert signed_slave.get("/healthz")[0] == 200
+    secret.unlink()
+    make_secret(secret, SECRET)
+    assert ask(signed_slave)[0] == 202
+
+
 @pytest.mark.parametrize(
     "text, mode, complaint",
     [
@@ -224,12 +235,13 @@ def test_a_bad_secret_file_keeps_it_from_starting(start_slave, tmp_path, text, m
     assert (status, stderr) == (2, "slave.py: %s\n" % complaint.format(secret))
 
 
-def test_the_first_line_of_the_log_says_that_there_is_no_secret(start_slave, signed_slave):
+def test_the_log_begins_with_the_settings_and_that_there_is_no_secret(start_slave, signed_slave):
     if os.path.exists("/etc/server-update/secret"):
         pytest.skip("this machine has a secret of its own")
     slave = start_slave(BASE_URL="https://example.org/x")
-    first = slave.log().splitlines()[0].partition(" ")[2]
-    assert first == (
+    lines = [line.partition(" ")[2] for line in slave.log().splitlines()]
+    assert lines[0].startswith("slave.py 1.0, settings and keys in ")
+    assert lines[1] == (
         "no secret: who can reach the port can have repositories of https://example.org/x updated "
         "here; to change that, put one into /etc/server-update/secret"
     )

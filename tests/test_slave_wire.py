@@ -196,6 +196,7 @@ def test_a_running_slave_that_cannot_look_refuses(without_rights):
 @pytest.mark.parametrize("make", [
     lambda path: path.symlink_to("nowhere"),
     lambda path: path.mkdir(),
+    lambda path: os.mkfifo(str(path)),
 ])
 def test_a_secret_that_is_no_file_is_an_error(without_rights, make):
     slave = without_rights
