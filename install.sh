@@ -2,6 +2,7 @@
 # install.sh master [SLAVE...]   this machine has others update: server-update and its slave list,
 #                                to which these slaves are added
 # install.sh slave               this machine is updated: slave.py, enabled and started
+# install.sh relay [SLAVE...]    both: as it is updated, it has these slaves beneath it updated, too
 # install.sh uninstall           remove what these put here; settings and clones stay
 #
 #   --prefix DIR     install into DIR/bin and DIR/share (/usr/local)
@@ -11,7 +12,8 @@
 #   --port N         listen on this port (9999)
 #   --serve FILE     the slave also serves this file at /; '' ends that
 #   --no-start       neither enable, start nor restart the slave
-#   --new-secret     master: make a shared secret, and say how to bring it to a slave
+#   --repo NAME      relay: print the key for a forge that tells of pushes to this repository
+#   --new-secret     master: make a master key, and say how each slave gets its own key from it
 #   --dry-run        say what would be done, and do nothing
 #   -h, --help       print this
 #
@@ -42,13 +44,14 @@ base_url=''
 port=''
 serve=''
 no_start=''
+repo=''
 new_secret=''
 dry_run=''
 
 # What find_places and find_user find out:
 #   here         the folder of this script and of those that it installs
 #   bin, share   where programs and man pages go, below DESTDIR
-#   etc          the folder of the settings; conf, list and secret are files in it
+#   etc          the folder of the settings; conf, list, secret and master_key are files in it
 #   link         /bin/slave-activate
 #   path         the PATH of the service
 #   is_private   set where somebody who is not root installs for himself
@@ -56,7 +59,10 @@ dry_run=''
 #   unit         what starts slave.py: a unit, a service script or, with neither, a plain script
 #   log          where slave.py's log is, in words
 #   home         of user, the one who runs the slave
+#   slavelist    what SLAVELIST is to be in a new slave.conf; empty but for a relay
 #   served       what follows slave.py in a command: the file to serve, in quotes
+
+slavelist=''
 
 # What a run has done: something at all, something that slave.py has to be restarted for.
 changed=''
@@ -98,7 +104,7 @@ parse_args() {
         print_help
         exit 0
         ;;
-      --prefix | --user | --repos | --base-url | --port | --serve)
+      --prefix | --user | --repos | --base-url | --port | --serve | --repo)
         if [ $# -eq 1 ]; then
           die 2 "$1 needs a value"
         fi
@@ -132,6 +138,7 @@ take_option() { # OPTION VALUE
     --base-url) base_url=$2 ;;
     --port) port=$2 ;;
     --serve) serve=$2 ;;
+    --repo) repo=$2 ;;
     --no-start) no_start=$2 ;;
     --new-secret) new_secret=$2 ;;
     --dry-run) dry_run=$2 ;;
@@ -162,16 +169,22 @@ check_usage() {
       allow_options --prefix --user --repos --base-url --port --serve \
         --no-start --dry-run
       ;;
+    relay)
+      allow_options --prefix --user --repos --base-url --port --serve \
+        --no-start --repo --dry-run
+      ;;
     uninstall)
       allow_options --prefix --dry-run
       ;;
     *)
-      die 2 "unknown role '$role': it is master, slave or uninstall;" \
+      die 2 "unknown role '$role': it is master, slave, relay or uninstall;" \
         "see ./install.sh --help"
       ;;
   esac
-  if [ "$role" != master ] && [ -n "$slaves" ]; then
-    die 2 "$role takes no '${slaves# }'"
+  if [ -n "$slaves" ]; then
+    case $role in
+      slave | uninstall) die 2 "$role takes no '${slaves# }'" ;;
+    esac
   fi
   check_path "$prefix"
   check_path "$serve"
@@ -224,10 +237,13 @@ find_settings() {
   conf=$etc/slave.conf
   list=$etc/slavelist.txt
   secret=$etc/secret
+  master_key=$etc/master-key
   with_list=''
+  with_key=''
   with_conf=''
   if [ -n "$is_private" ]; then
     with_list=" --list '$list'"
+    with_key=" --master-key-file '$master_key'"
     with_conf="SERVER_UPDATE_CONF='$conf' "
   fi
 }
@@ -270,6 +286,10 @@ check_needs() {
     slave)
       need_tools python3 git
       need_files slave.py slave-activate
+      ;;
+    relay)
+      need_tools python3 git
+      need_files server-update slavelist.txt slave.py slave-activate
       ;;
     uninstall)
       need_tools python3
@@ -335,7 +355,10 @@ needs_user() {
   if [ -n "$DESTDIR" ]; then
     return 1
   fi
-  [ "$role" = slave ] || [ -n "$new_secret" ]
+  case $role in
+    slave | relay) return 0 ;;
+  esac
+  [ -n "$new_secret" ]
 }
 
 is_user() { # NAME
@@ -380,22 +403,24 @@ find_served() {
   fi
 }
 
-# slave.py alone reads, checks and explains settings. Printed are REPOS_DIR, PORT and 'yes' where
-# it speaks TLS, a line each, as slave.conf has them or, where there is none, as the options and
-# else the environment say; then a new slave.conf.
-# Options that differ from what a slave.conf says are a mistake: it is kept as it is.
+# slave.py alone reads, checks and explains settings. Printed are REPOS_DIR, PORT, 'yes' where
+# it speaks TLS, SLAVELIST, SECRET_FILE and BASE_URL, a line each, as slave.conf has them or, where there is
+# none, as the options and else the environment say; then a new slave.conf.
+# Options that differ from what a slave.conf says are a mistake: it is kept as it is. Of a relay it
+# has to name a list, whichever that is.
 ask_slave() {
   HOME=$home python3 -I -B -c '
 import os, sys
 
-here, conf, *given = sys.argv[1:]
+here, conf, slavelist, *given = sys.argv[1:]
 sys.path.insert(0, here)
 import slave
 
 OPTIONS = {"BASE_URL": "--base-url", "REPOS_DIR": "--repos", "PORT": "--port"}
 asked = {key: text for key, text in zip(OPTIONS, given) if text}
+wanted_list = {"SLAVELIST": slavelist} if slavelist else {}
 around = {key: os.environ.get("SERVER_UPDATE_" + key) for key in slave.SETTINGS}
-written = dict({key: text for key, text in around.items() if text}, **asked)
+written = dict({key: text for key, text in around.items() if text}, **asked, **wanted_list)
 
 def read(environ, conf):
     settings = {"SERVER_UPDATE_" + key: text for key, text in environ.items()}
@@ -412,15 +437,18 @@ if os.path.lexists(conf):
         if now[key] != wanted[key]:
             sys.exit("install.sh: %s says %s=%s: change that, or leave out %s %s"
                      % (conf, key, now[key], OPTIONS[key], text))
+    if slavelist and not now["SLAVELIST"]:
+        sys.exit("install.sh: %s names no list: write SLAVELIST=%s there first" % (conf, slavelist))
 else:
     now = read(written, os.devnull)
 print(now["REPOS_DIR"], now["PORT"], "yes" if now["TLS_CERT"] else "", sep="\n")
+print(now.get("SLAVELIST") or "", now["SECRET_FILE"] or "", now["BASE_URL"], sep="\n")
 print("# A line with # shows what holds without it. To change that, remove the # and restart.")
 for key, setting in slave.SETTINGS.items():
     mark = "" if key in written else "#"
     value = written.get(key, setting.default)
     print("\n# %s\n%s%s=%s" % (setting.help, mark, key, value))
-' "$here" "$conf" "$base_url" "$repos" "$port" || exit 2
+' "$here" "$conf" "$slavelist" "$base_url" "$repos" "$port" || exit 2
 }
 
 # --- changes: each is told, and each is left out of a dry run ---
@@ -735,6 +763,14 @@ stop_service() {
 
 install_master() {
   check_lists
+  put_master
+  if [ -n "$new_secret" ]; then
+    make_master_key
+  fi
+  say_how_to_update
+}
+
+put_master() {
   install_script server-update python3 1 'have all slaves update a repository'
   install_completion
   if [ -e "$list" ]; then
@@ -743,10 +779,6 @@ install_master() {
     text=$(cat "$here/slavelist.txt" && print_slaves) || exit 1
     put 644 "$list" "$text"
   fi
-  if [ -n "$new_secret" ]; then
-    make_secret
-  fi
-  say_how_to_update
 }
 
 print_slaves() {
@@ -798,32 +830,82 @@ $2"
   say "$2" | cat >>"$1"
 }
 
-make_secret() {
-  if [ -e "$secret" ]; then
-    say "kept $secret"
+# --- keys: server-update derives a key for each slave from the master key ---
+
+# Where all slaves have one secret until now, the key waits beside its place: as soon as it is
+# there, server-update signs with nothing else.
+make_master_key() {
+  key_file=$master_key
+  if [ -e "$secret" ] && [ ! -e "$master_key" ]; then
+    key_file=$master_key.next
+  fi
+  make_key_file "$key_file"
+  if [ -z "$dry_run" ]; then
+    say_how_slaves_get_keys
+  fi
+}
+
+make_key_file() { # FILE: a random key in it that its user alone may read, if it isn't there
+  if [ -e "$1" ]; then
+    say "kept $1"
   else
     text=$(python3 -c 'import os; print(os.urandom(32).hex())') || exit 1
-    put 600 "$secret" "$text"
+    put 600 "$1" "$text"
   fi
-  if [ -z "$DESTDIR" ] && ! belongs_to_user "$secret"; then
-    act give gave "$secret to $user" chown "$user" "$secret"
+  if [ -z "$DESTDIR" ] && ! belongs_to_user "$1"; then
+    act give gave "$1 to $user" chown "$user" "$1"
   fi
-  if [ -n "$dry_run" ]; then
-    return
-  fi
-  bring='umask 077 && cd /etc/server-update && cat >secret && chown USER secret'
-  say "To bring the secret to a slave, where USER runs slave.py:"
-  say "  ssh root@SLAVE '$bring' \\"
-  say "    <'$secret'"
 }
 
 belongs_to_user() { # FILE
   [ -n "$(find "$1" -prune -user "$user" 2>/dev/null)" ]
 }
 
+say_how_slaves_get_keys() {
+  if [ ! -e "$secret" ]; then
+    say "Each slave takes its own key from these, where $user runs slave.py:"
+    print_key_lines "$with_key" cat
+    return
+  fi
+  say "All slaves share $secret until now. For each a key of its own, without a gap:"
+  if [ "$key_file" != "$master_key" ]; then
+    say "1. Each slave takes its key beside the shared secret, where $user runs slave.py:"
+    print_key_lines " --master-key-file '$key_file'" '{ cat secret; echo; cat; }'
+    say "2. This master signs with them:"
+    say "  mv '$key_file' '$master_key'"
+  fi
+  say "3. Once no server-update that began before runs any more, each forgets what is shared:"
+  print_key_lines "$with_key" cat
+  if [ ! -e "$unit" ]; then # else it is the secret of the slave that this machine is, too
+    say "  rm '$secret'"
+  fi
+}
+
+# The key goes through standard input: never into arguments, nor into a shell's history.
+print_key_lines() { # OPTIONS COMMAND: what makes the new file of the old one and of the key
+  take="umask 077 && cd /etc/server-update && $2 >secret.next && grep -q . secret.next"
+  take="$take && chown $user secret.next && mv secret.next secret"
+  print_entries | while read -r entry; do
+    say "  '$prefix/bin/server-update'$1 --slave-key '$entry' |"
+    say "    ssh root@$(print_host "$entry") '$take'"
+  done
+}
+
+print_entries() { # the slaves that the list has now
+  if has_slaves; then
+    read_list "$list" 2>/dev/null
+  else
+    say SLAVE
+  fi
+}
+
+print_host() { # ENTRY: its host alone
+  say "$1" | sed 's,^[A-Za-z]*://,,; s,[/?#].*,,; s,:[0-9]*$,,; s,^\[\(.*\)\]$,\1,'
+}
+
 say_how_to_update() {
-  if [ -n "$is_private" ] && [ -e "$secret" ]; then
-    with_list="$with_list --secret-file '$secret'"
+  if [ -n "$is_private" ] && [ -e "$master_key" ]; then
+    with_list="$with_list$with_key"
   fi
   say "List the slaves in $list and run ./install.sh slave on each; then here:"
   say "  '$prefix/bin/server-update'$with_list NAME"
@@ -833,19 +915,31 @@ say_how_to_update() {
 
 install_slave() {
   answer=$(ask_slave)
+  read_answer
+  put_slave
+  say_what_runs
+  if [ -z "$DESTDIR" ]; then
+    say "Settings: $conf. Next, on the master: ./install.sh master $(print_entry)"
+  fi
+}
+
+read_answer() {
+  repos=$(say "$answer" | sed -n 1p)
+  port=$(say "$answer" | sed -n 2p)
+  has_tls=$(say "$answer" | sed -n 3p)
+  upstream=$(say "$answer" | sed -n 6p)
+}
+
+put_slave() {
   install_script slave-activate sh 8 'put a fresh clone live'
   install_script slave.py python3 8 'take signals and update the clones' restart
   link_slave_activate
   write_conf
-  repos=$(say "$answer" | sed -n 1p)
-  port=$(say "$answer" | sed -n 2p)
-  has_tls=$(say "$answer" | sed -n 3p)
   make_repos_dir
   write_unit
   if [ -n "$services" ] && [ -z "$no_start" ]; then
     start_service
   fi
-  say_what_runs
 }
 
 # For what calls it by that path, which is where it was in the oldest slaves.
@@ -874,7 +968,7 @@ is_our_link() {
 
 write_conf() {
   if [ ! -e "$conf" ]; then
-    put 644 "$conf" "$(say "$answer" | sed 1,3d)" restart
+    put 644 "$conf" "$(say "$answer" | sed 1,6d)" restart
   fi
 }
 
@@ -902,11 +996,38 @@ tell_missing_page() { # no mistake: the first update may bring it
   fi
 }
 
+# Minimal systems lack what git needs for some addresses.
+tell_what_git_lacks() {
+  case $upstream in
+    https://*)
+      if ! has_authorities; then
+        say "There are no certificates here that git could check $upstream by:" \
+          "install ca-certificates."
+      fi
+      ;;
+    ssh://* | [!/]*:[!/]*)
+      if ! command -v ssh >/dev/null; then
+        say "There is no ssh here, which git needs for $upstream: install openssh-client."
+      fi
+      ;;
+  esac
+}
+
+has_authorities() {
+  python3 -c '
+import os, ssl, sys
+paths = ssl.get_default_verify_paths()
+folder = paths.capath or os.devnull
+sys.exit(not (paths.cafile or os.path.isdir(folder) and os.listdir(folder)))
+'
+}
+
 say_what_runs() {
   if [ -n "$DESTDIR" ]; then
     return
   fi
   tell_missing_page
+  tell_what_git_lacks
   if [ -z "$dry_run" ]; then
     if [ -z "$services" ]; then
       say "To start slave.py as $user, on port $port, with its clones in $repos:"
@@ -917,7 +1038,13 @@ say_what_runs() {
       say "slave.py runs as $user on port $port, with its clones in $repos; its log: $log"
     fi
   fi
-  say "Settings: $conf. Next, on the master: ./install.sh master $(print_entry)"
+}
+
+print_url() { # of this machine's slave.py, as far as can be known here
+  case $has_tls:$port in
+    yes:*) say "https://$(uname -n):$port" ;;
+    *) say "http://$(uname -n):$port" ;;
+  esac
 }
 
 print_entry() { # what a master's list has to name this slave by, as far as can be known here
@@ -927,6 +1054,41 @@ print_entry() { # what a master's list has to name this slave by, as far as can 
     :9999 | :0) uname -n ;;
     *) say "$(uname -n):$port" ;;
   esac
+}
+
+# --- a relay: a slave that is the master of those beneath it, and that a forge may tell of pushes ---
+
+install_relay() {
+  slavelist=$list
+  answer=$(ask_slave)
+  read_answer
+  # What a slave.conf says that is there already comes first.
+  list=$(say "$answer" | sed -n 4p)
+  own_secret=$(say "$answer" | sed -n 5p)
+  secret=${own_secret:-$secret}
+  check_lists
+  put_master
+  make_key_file "$secret"
+  put_slave
+  say_what_runs
+  if [ -z "$dry_run$DESTDIR" ]; then
+    say_how_forges_tell
+  fi
+}
+
+say_how_forges_tell() {
+  say "Settings: $conf. The slaves beneath: $list. On each of them: ./install.sh slave"
+  say "At the forge, a webhook for pushes, as JSON, to this URL, with this secret:"
+  if [ -z "$repo" ]; then
+    say "  $(print_url)/hook?repo=NAME"
+    say "  what '$prefix/bin/slave.py' --hook-key NAME prints"
+    return
+  fi
+  if ! key=$("$prefix/bin/slave.py" --hook-key "$repo"); then
+    exit 1
+  fi
+  say "  $(print_url)/hook?repo=$repo"
+  say "  $key"
 }
 
 # --- gone again ---
@@ -1019,6 +1181,7 @@ main() {
   case $role in
     master) install_master ;;
     slave) install_slave ;;
+    relay) install_relay ;;
     uninstall) uninstall ;;
   esac
   if [ -z "$changed" ]; then

@@ -13,6 +13,7 @@ import pytest  # noqa: E402
 from activate_support import Activate  # noqa: E402
 from certificates import Authority  # noqa: E402
 from farm import Farm  # noqa: E402
+from install_support import Installer  # noqa: E402
 from product import PYTHON, SOURCES, copy_scripts, load  # noqa: E402
 from slave_support import Slave, set_constants, stop_for_good  # noqa: E402
 from update_support import Update  # noqa: E402
@@ -198,6 +199,12 @@ def start_slave(tmp_path, upstream):
 def authority(tmp_path_factory):
     """A certificate authority that nobody trusts by itself."""
     return Authority(tmp_path_factory.mktemp("tls") / "authority")
+
+
+@pytest.fixture
+def installer(tmp_path):
+    """A checkout and runs of its install.sh; see tests/install_support.py."""
+    return Installer(tmp_path)
 
 
 # -- masters ---------------------------------------------------------------

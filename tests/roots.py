@@ -14,12 +14,13 @@ import struct
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 SUITES = ("bullseye", "bookworm", "trixie")  # the current stable and the two before it
 BARE = "python3,git"
-BOOTED = "python3,git,systemd-sysv,dbus,openssh-server,openssh-client,ca-certificates"
-NEEDED = ("debootstrap", "apt-get", "unshare", "nsenter", "mount")
+BOOTED = "python3,git,systemd-sysv,dbus,openssh-server,openssh-client,ca-certificates,curl"
+NEEDED = ("debootstrap", "apt-get", "unshare", "nsenter", "mount", "ip")
 BOOT_TIMEOUT_S = 60
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP = 0x8913, 0x8914, 1  # netdevice(7)
@@ -48,7 +49,9 @@ def find_root(suite, packages=BARE):
     """The folder of a root of that suite; made where it isn't there yet, which takes a minute."""
     cache = Path(pwd.getpwuid(os.getuid()).pw_dir, ".cache", "server-update", "roots")
     cache.mkdir(parents=True, exist_ok=True)
-    root = cache / (suite if packages == BARE else suite + "-booted")
+    root = cache / suite
+    if packages != BARE:
+        root = cache / ("%s-%08x" % (suite, zlib.crc32(packages.encode())))
     with (cache / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not root.exists():
@@ -70,14 +73,16 @@ def find_root(suite, packages=BARE):
 class Machine:
     """A running copy of a root; close() ends all its processes and forgets what they wrote.
 
-    Its /srv is our folder `srv`, since git works in no path below /proc/PID/root.
+    Its /srv is our folder `srv`, since git works in no path below /proc/PID/root; several may
+    share one.
     """
 
-    def __init__(self, root, work, booted=False):
-        self.log, self.srv = work / "log", work / "srv"
-        self.srv.mkdir(parents=True)
+    def __init__(self, root, work, booted=False, srv=None):
+        self.log, self.srv = work / "log", srv or work / "srv"
+        work.mkdir(parents=True)
+        self.srv.mkdir(exist_ok=True)
         command = ["unshare", "-m", "-p", "-n", "-u", "-i", "-C", "--fork", "--kill-child=KILL"]
-        command += [sys.executable, "-I", __file__, str(root), str(work)]
+        command += [sys.executable, "-I", __file__, str(root), str(work), str(self.srv)]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 command + ["booted"] * booted, stdin=subprocess.DEVNULL, stdout=log, stderr=log
@@ -143,6 +148,33 @@ class Machine:
         self.process.wait()
 
 
+def connect(machines):
+    """Put machines, {name: Machine}, on one network, where each finds the others by name."""
+    hosts = "127.0.0.1 localhost\n"
+    hub = list(machines.values())[0]
+    set_ip(hub, "link", "add", "name", "net", "type", "bridge")
+    set_ip(hub, "link", "set", "net", "up")
+    for number, (name, machine) in enumerate(machines.items(), 1):
+        address = "192.0.2.%d" % number  # RFC 5737
+        hosts += "%s %s\n" % (address, name)
+        if machine is hub:
+            set_ip(hub, "address", "add", address + "/24", "dev", "net")
+            continue
+        port = "port-%d" % number
+        peer = ["peer", "name", "uplink", "netns", str(machine.pid)]
+        set_ip(hub, "link", "add", "name", port, "type", "veth", *peer)
+        set_ip(hub, "link", "set", port, "master", "net", "up")
+        set_ip(machine, "address", "add", address + "/24", "dev", "uplink")
+        set_ip(machine, "link", "set", "uplink", "up")
+    for machine in machines.values():
+        machine.path("/etc/hosts").write_text(hosts)
+
+
+def set_ip(machine, *words):
+    """Run ip in the network of a machine, which has no ip of its own."""
+    subprocess.check_call(["nsenter", "-t", str(machine.pid), "-n", "ip", *words])
+
+
 # --- what the first process of a machine does, before it is that ---
 
 
@@ -152,7 +184,7 @@ def mount(kind, target, *options, source=None):
     subprocess.check_call(["mount", "-t", kind, *words, source or kind, str(target)])
 
 
-def build(root, work):
+def build(root, work, srv):
     """Mount the overlay and what every Linux has; the folder that it is at."""
     mount("tmpfs", work / "fs")
     work = work / "fs"
@@ -160,7 +192,7 @@ def build(root, work):
         (work / name).mkdir()
     parts = "lowerdir=%s,upperdir=%s,workdir=%s" % (root, work / "upper", work / "scratch")
     mount("overlay", work / "root", parts)
-    subprocess.check_call(["mount", "--bind", str(work.parent / "srv"), str(work / "root/srv")])
+    subprocess.check_call(["mount", "--bind", srv, str(work / "root/srv")])
     mount("proc", work / "root/proc")
     mount("sysfs", work / "root/sys", "ro")
     mount("cgroup2", work / "root/sys/fs/cgroup")
@@ -183,9 +215,9 @@ def raise_loopback():
         fcntl.ioctl(any_socket, SIOCSIFFLAGS, struct.pack("16sH14x", name, flags | IFF_UP))
 
 
-def main(root, work, *booted):
+def main(root, work, srv, *booted):
     socket.sethostname("machine")
-    top = build(Path(root), Path(work))
+    top = build(Path(root), Path(work), srv)
     raise_loopback()
     os.chroot(str(top))
     os.chdir("/")

@@ -11,73 +11,40 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from pages import COMMANDS, PAGES, find_block, read
 from product import PYTHON, ROOT, SERVER_UPDATE, need
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MAX_README_LINES = 170
 TIMEOUT_S = 120
 
 # (page, how a block begins): the test that runs what is in it.
 BY_TEST = {
     ("README.md", "sh tests/demo"): "test_the_demo_shows_both_commits_and_leaves_nothing",
+    ("README.md", "./install.sh slave"): "test_the_readme_is_followed_to_the_letter",
+    ("README.md", "./install.sh master web1"): "test_the_readme_is_followed_to_the_letter",
+    ("README.md", "./install.sh master --new"): "test_the_readme_is_followed_to_the_letter",
+    ("README.md", "server-update hanuman"): "test_the_readme_is_followed_to_the_letter",
+    ("README.md", "curl "): "test_the_readme_is_followed_to_the_letter",
     ("operations.md", "journalctl"): "test_a_reload_reads_the_certificate_again",
     ("recipes.md", "server-update --batch 1,10"): "test_a_careful_rollout",
     ("recipes.md", "install -d /etc/server-update/hooks"): "test_uploads_are_kept",
-    ("security.md", "./install.sh master --new"): "test_new_secret_is_for_its_owner_only_and_kept",
+    ("recipes.md", "install -d -o deploy"): "test_a_hook_of_a_user_has_a_service_restarted",
+    ("security.md", "./install.sh master --new"): "test_the_readme_is_followed_to_the_letter",
     ("security.md", "target="): "test_the_page_signs_with_curl_and_a_shell",
     ("security.md", "origin="): "test_the_page_signs_with_a_key_of_its_own",
     ("security.md", "(umask 077; openssl"): "test_keys_are_brought_to_their_slaves",
 }
 # (page, how a block begins): why nothing runs it.
 BY_NOTHING = {
-    ("README.md", "./install.sh slave"): "they change /etc",
-    ("README.md", "./install.sh master web1"): "they change /etc",
-    ("README.md", "./install.sh master --new"): "they change /etc",
-    ("README.md", "server-update hanuman  "): "they change /etc",
-    ("README.md", "curl "): "they change /etc",
     ("development.md", "sh tests/run "): "the tests themselves",
     ("development.md", "sh bench/against"): "it measures for minutes",
     ("promises.md", "sh tests/run tests/faults"): "the tests themselves, and for minutes",
 }
 
 
-class Block:
-    """A fenced block: its page, the language behind the fence, its text."""
-
-    def __init__(self, page, language, text):
-        self.page, self.language, self.text = page, language, text
-
-    def __str__(self):
-        return "%s: %s" % (self.page, self.text.splitlines()[0][:50])
-
-    def find_in(self, table):
-        """What the table has for it, or None."""
-        for (page, beginning), entry in table.items():
-            if page == self.page and self.text.startswith(beginning):
-                return entry
-        return None
-
-
-def read(page):
-    return page.read_text(encoding="utf-8")
-
-
-def blocks_of(page):
-    fences = re.findall(r"(?ms)^```(\w*)\n(.*?)^```$", read(page))
-    return [Block(page.name, language, text) for language, text in fences]
-
-
-BLOCKS = [block for page in PAGES for block in blocks_of(page)]
-COMMANDS = [block for block in BLOCKS if block.language == "sh"]
 RUN_HERE = [
     block for block in COMMANDS if not (block.find_in(BY_TEST) or block.find_in(BY_NOTHING))
 ]
-
-
-def find_block(page, beginning):
-    """The text of the one block of a page that begins so."""
-    (block,) = [one for one in COMMANDS if one.page == page and one.text.startswith(beginning)]
-    return block.text
 
 
 # -- the pages
@@ -129,7 +96,7 @@ def test_code_stands_between_fences(page):
 def test_every_block_is_accounted_for():
     for table in (BY_TEST, BY_NOTHING):
         for page, beginning in table:
-            find_block(page, beginning)
+            assert [block for block in COMMANDS if block.begins(page, beginning)], beginning
     files = (ROOT / "tests").glob("**/*.py")
     defined = {name for path in files for name in re.findall(r"(?m)^def (test_\w+)", read(path))}
     assert set(BY_TEST.values()) - defined == set()
@@ -195,8 +162,14 @@ def world(tmp_path, start_slave, upstream):
     return run
 
 
+# What a block names that is not to be touched on the machine that runs the tests.
+OF_THE_HOST = r"/(etc|opt|root|run|srv|usr|var)/|\b(apt|install\.sh|ssh|sudo|systemctl)\b"
+
+
 @pytest.mark.parametrize("block", RUN_HERE, ids=str)
 def test_a_block_runs_as_it_stands(world, block):
+    found = re.search(OF_THE_HOST, block.text)
+    assert not found, "'%s' is of this machine: name a test of its own above" % found.group()
     done = world(block.text)
     assert done.returncode == 0, done.stdout
 

@@ -10,10 +10,10 @@ import subprocess
 import sys
 
 import pytest
+from install_support import Installer, contents, files, folder_modes
 from processes import wait_until
-from product import PYTHON, SHELLS, SOURCES, copy_scripts, need
+from product import PYTHON, SHELLS, SOURCES, need
 
-SCRIPTS = ("install.sh", "server-update", "slave.py", "slave-activate", "slavelist.txt")
 KILL_POINTS = 9  # at how many of its commands an install is killed
 AT_ONCE = 6
 MAX_EXPOSURE = 4.0
@@ -38,50 +38,6 @@ MASTER_FILES = {
 }
 
 
-class Installer:
-    """A checkout, in a path with a blank, and runs of its install.sh."""
-
-    def __init__(self, folder):
-        self.folder = copy_scripts(SOURCES, folder / "a checkout", *SCRIPTS)
-        self.stage = folder / "a stage"
-
-    def run(self, *args, shell="sh", staged=True, before=(), env=None):
-        """Run it, into the stage unless told otherwise; a CompletedProcess."""
-        env = dict(os.environ, **(env or {}))
-        if staged:
-            env["DESTDIR"] = str(self.stage)
-        command = [*before, *shell.split(), str(self.folder / "install.sh"), *args]
-        return subprocess.run(
-            command,
-            env=env,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            universal_newlines=True,
-            timeout=60,
-        )
-
-    def check(self, *args, **kwargs):
-        """The same for what must succeed; what it said."""
-        done = self.run(*args, **kwargs)
-        assert (done.returncode, done.stderr) == (0, ""), done
-        return done.stdout
-
-    def refused(self, *args, status=2, **kwargs):
-        """The same for what must fail, in one line, and touch nothing; that line."""
-        before = contents(self.stage)
-        done = self.run(*args, **kwargs)
-        assert (done.returncode, done.stdout) == (status, ""), done
-        assert contents(self.stage) == before
-        assert done.stderr.count("\n") == 1, done.stderr
-        return done.stderr.rstrip("\n")
-
-
-@pytest.fixture
-def installer(tmp_path):
-    return Installer(tmp_path)
-
-
 @pytest.fixture
 def as_user():
     """What makes a command run as somebody who is not root."""
@@ -91,34 +47,6 @@ def as_user():
     if not shutil.which("unshare") or subprocess.call([*command, "true"]):
         pytest.skip("being somebody else than root needs user namespaces here")
     return command
-
-
-def files(folder):
-    """{path: mode, or where a link goes}"""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        name = str(path.relative_to(folder))
-        if path.is_symlink():
-            found[name] = "-> " + os.readlink(str(path))
-        elif path.is_file():
-            found[name] = "%o" % stat.S_IMODE(path.stat().st_mode)
-    return found
-
-
-def folder_modes(folder):
-    folders = [path for path in folder.rglob("*") if path.is_dir() and not path.is_symlink()]
-    return {stat.S_IMODE(path.stat().st_mode) for path in folders}
-
-
-def contents(folder):
-    """All that a run could change below a folder: names, modes, contents, times."""
-    found = {}
-    for path in [folder, *sorted(folder.rglob("*"))] if folder.exists() else []:
-        info = path.lstat()
-        text = path.read_bytes() if stat.S_ISREG(info.st_mode) else None
-        time = info.st_mtime_ns if text is not None else None
-        found[str(path)] = (info.st_mode, time, text)
-    return found
 
 
 # --- what it writes ---
@@ -230,19 +158,6 @@ def test_a_slave_that_is_no_good_is_not_added(installer):
     )
 
 
-def test_new_secret_is_for_its_owner_only_and_kept(installer):
-    out = installer.check("master", "--new-secret")
-    secret = installer.stage / "etc/server-update/secret"
-    assert re.fullmatch(r"[0-9a-f]{64}\n", secret.read_text())
-    assert stat.S_IMODE(secret.stat().st_mode) == 0o600
-    assert secret.read_text().strip() not in out
-    command = "umask 077 && cd /etc/server-update && cat >secret && chown USER secret"
-    assert "  ssh root@SLAVE '%s' \\\n    <'%s'\n" % (command, secret) in out
-    before = contents(installer.stage)
-    assert "kept %s\n" % secret in installer.check("master", "--new-secret")
-    assert contents(installer.stage) == before
-
-
 def test_the_settings_shown_are_the_defaults(installer, slave):
     installer.check("slave")
     conf = installer.stage / "etc/server-update/slave.conf"
@@ -262,7 +177,7 @@ def test_uninstall_leaves_settings_and_what_is_not_ours(installer):
     other.write_text("not ours\n")
     ours = set(files(installer.stage)) - {
         "usr/local/bin/other",
-        "etc/server-update/secret",
+        "etc/server-update/master-key",
         "etc/server-update/slave.conf",
         "etc/server-update/slavelist.txt",
     }
@@ -336,12 +251,12 @@ def test_without_root_from_nothing_to_an_update(installer, as_user, upstream, tm
     out = installer.check(
         "master", "--new-secret", *prefix, staged=False, before=as_user, env=env
     )
-    secret = home / ".local/etc/server-update/secret"
-    assert out.splitlines()[-1].endswith(" --secret-file '%s' NAME" % secret)
+    key = home / ".local/etc/server-update/master-key"
+    assert out.splitlines()[-1].endswith(" --master-key-file '%s' NAME" % key)
     out = installer.check("uninstall", *prefix, staged=False, before=as_user, env=env)
     assert out.endswith("the clones in %s/my repos\n" % home)
     assert set(files(home / ".local")) == {
-        "etc/server-update/secret",
+        "etc/server-update/master-key",
         "etc/server-update/slave.conf",
         "etc/server-update/slavelist.txt",
     }
@@ -459,7 +374,7 @@ def test_a_list_of_blanks_alone_has_no_slaves(installer):
 
 # --- what it refuses ---
 
-ROLES = "unknown role '%s': it is master, slave or uninstall; see ./install.sh --help"
+ROLES = "unknown role '%s': it is master, slave, relay or uninstall; see ./install.sh --help"
 PATHS = "--prefix and --serve take absolute paths without quotes, \\, $ and %"
 
 

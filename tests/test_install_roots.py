@@ -1,15 +1,17 @@
 """install.sh on bare Debian machines: from nothing to an update, an upgrade, and gone again."""
 
 import re
+import shutil
 import subprocess
 import time
 
 import pytest
 import roots
+from install_support import SCRIPTS
+from pages import COMMANDS, find_block
 from product import ROOT, SOURCES, copy_scripts
 from upstream import Repo
 
-SCRIPTS = ("install.sh", "server-update", "slave.py", "slave-activate", "slavelist.txt")
 CHECKOUT = "/root/a checkout"
 SERVICE = "server-update-slave"
 STARTED = re.compile(r"To start slave.py as (\w+), .*\n  (.*)\n")
@@ -24,9 +26,9 @@ def machine(tmp_path):
         pytest.skip(roots.why_not())
     machines = []
 
-    def start(suite, packages=roots.BARE, booted=False):
+    def start(suite, packages=roots.BARE, booted=False, srv=None):
         folder = tmp_path / ("machine-%d" % len(machines))
-        one = roots.Machine(roots.find_root(suite, packages), folder, booted)
+        one = roots.Machine(roots.find_root(suite, packages), folder, booted, srv)
         machines.append(one)
         copy_scripts(SOURCES, one.path(CHECKOUT), *SCRIPTS)
         return one
@@ -163,6 +165,23 @@ def test_another_user_runs_it_where_there_is_no_service_manager(machine, tools):
     assert "removed %s\n" % start in install("uninstall")
 
 
+@pytest.mark.parametrize(
+    "base_url, missing",
+    [
+        ("https://git.example.org/team", "install ca-certificates."),
+        ("git@git.example.org:team", "install openssh-client."),
+        ("ssh://git.example.org/team", "install openssh-client."),
+        ("/srv/up", None),
+        ("http://git.example.org/team", None),
+    ],
+)
+def test_what_git_lacks_for_an_address_is_named(machine, base_url, missing):
+    bare = machine("trixie")
+    out = bare.check("./install.sh", "slave", "--base-url", base_url, cwd=CHECKOUT)
+    told = re.findall("(?m)^There (?:is|are) no .* (install .*)$", out)
+    assert told == ([missing] if missing else [])
+
+
 def test_a_user_who_is_gone_keeps_nobody_from_uninstalling(machine):
     bare = machine("trixie")
     bare.check("useradd", "-m", "deploy")
@@ -174,6 +193,144 @@ def test_a_user_who_is_gone_keeps_nobody_from_uninstalling(machine):
     out = bare.check("./install.sh", "uninstall", cwd=CHECKOUT)
     assert "removed /usr/local/bin/slave.py\n" in out
     assert out.endswith("the clones of 'deploy', who is no user here any more\n")
+
+
+# --- the README, word for word, on a master and three slaves ---
+
+WEBS = ("web1", "web2", "web3")
+CURL = """#!/usr/bin/python3
+import sys, urllib.request
+print(urllib.request.urlopen(sys.argv[1]).read().decode())
+"""
+# What the README takes for granted: a forge, and that root of the master may log in on the slaves.
+GITCONFIG = '[url "/srv/up/"]\n  insteadOf = https://git.example.org/team/\n'
+MAKE_KEY = "mkdir -p -m 700 /root/.ssh && ssh-keygen -q -t ed25519 -N '' -f /root/.ssh/id_ed25519"
+
+
+class Site:
+    """A master and three slaves on one network, with a forge that all of them reach."""
+
+    def __init__(self, machine, tmp_path, suite, tools, is_booted):
+        self.is_booted, self.env = is_booted, {}
+        packages = roots.BOOTED if is_booted else roots.BARE
+        srv = tmp_path / "srv"
+        self.machines = {
+            name: machine(suite, packages, is_booted, srv) for name in ("master", *WEBS)
+        }
+        self.master = self.machines["master"]
+        roots.connect(self.machines)
+        for one in self.machines.values():
+            one.path("/etc/gitconfig").write_text(GITCONFIG)
+            for folder in ("tests", "docs"):
+                shutil.copytree(str(ROOT / folder), str(one.path(CHECKOUT)) + "/" + folder)
+            if tools:
+                self.env = put_busybox_first(one)
+        if is_booted:
+            self.let_root_log_in()
+        else:
+            self.put(self.machines["web1"], "/usr/local/bin/curl", CURL)
+        self.upstream = make_upstream(self.master)
+        self.upstream.git("tag", "v1.4")
+
+    def put(self, machine, name, text):
+        machine.path(name).write_text(text)
+        machine.path(name).chmod(0o755)
+
+    def let_root_log_in(self):
+        self.master.check("sh", "-c", MAKE_KEY)
+        key = self.master.path("/root/.ssh/id_ed25519.pub").read_text()
+        for name in WEBS:
+            folder = self.machines[name].path("/root/.ssh")
+            folder.mkdir(mode=0o700, exist_ok=True)
+            (folder / "authorized_keys").write_text(key)
+        known = self.master.check("ssh-keyscan", "-t", "ed25519", *WEBS)
+        lines = [line for line in known.splitlines() if line.startswith("web")]
+        assert len(lines) == len(WEBS), known
+        self.master.path("/root/.ssh/known_hosts").write_text("\n".join(lines) + "\n")
+
+    def run(self, name, text, timeout=120, **kwargs):
+        """What a user types on a machine; what it said."""
+        return self.machines[name].check(
+            "sh", "-ec", text, env=self.env, cwd=CHECKOUT, timeout=timeout, **kwargs
+        )
+
+    def run_over_ssh(self, command):
+        """A printed `LOCAL | ssh root@HOST 'REMOTE'`; without an ssh there, in two halves."""
+        if self.is_booted:
+            self.run("master", command)
+            return
+        local, host, remote = re.fullmatch(
+            r"(?s) *(.*) \|\n *ssh root@(\w+) '(.*)'\n", command
+        ).groups()
+        key = self.run("master", local)
+        self.run(host, "printf '%%s' '%s' | { %s; }" % (key, remote))
+
+
+@pytest.mark.parametrize(
+    "suite, tools, is_booted",
+    [(suite, "", False) for suite in roots.SUITES]
+    + [("trixie", "busybox", False), ("trixie", "", True)],
+)
+def test_the_readme_is_followed_to_the_letter(machine, tmp_path, suite, tools, is_booted):
+    site = Site(machine, tmp_path, suite, tools, is_booted)
+    tried, slave, master, secret, update, use, habits = [
+        block.text for block in COMMANDS if block.page == "README.md"
+    ]
+
+    assert tried == "sh tests/demo\nsh tests/run\n"  # the second of which is what runs this
+    assert "3 live of 3" in site.run("master", "sh tests/demo")
+    started = []
+    for name in WEBS:
+        out = site.run(name, slave)
+        if is_booted:
+            assert "started the service" in out
+        else:
+            started.append(start_by_hand(site.machines[name], out, site.env))
+    site.run("master", master)
+
+    # The old habits, before there is a secret.
+    curl, serve, by_hand = habits.splitlines()
+    assert '"update"' in site.run("web1", curl)
+    site.run("web1", by_hand)
+    assert site.machines["web1"].path("/root/repos/hanuman/file").read_text() == "one\n"
+
+    out = site.run("master", secret)
+    commands = re.findall(r"(?m)^  .* \|\n    ssh .*\n", out)
+    assert len(commands) == len(WEBS)
+    for command in commands:
+        site.run_over_ssh(command)
+    refused = site.machines["web1"].run("sh", "-c", curl + " 2>&1", env=site.env)
+    assert "signature" in refused.stdout or "401" in refused.stdout, refused.stdout
+
+    first = site.upstream.head()
+    second = site.upstream.commit({"file": "two\n"})
+    site.master.check("chown", "-R", "root", "/srv/up")
+    out = site.run("master", update)
+    assert "3 live of 3" in out and "commits: %s on 3" % second[:7] in out
+    for name in WEBS:
+        assert site.machines[name].path("/root/repos/hanuman/file").read_text() == "two\n"
+    (back,) = re.findall("(?m)^to go back: (.*)$", out)
+    assert "commits: %s on 3" % first[:7] in site.run("master", back)
+    for command in use.splitlines():
+        site.run("master", command)
+    assert "3 live of 3" in site.run("master", "server-update --status hanuman")
+
+    # slave.py by hand, where the service isn't
+    if is_booted:
+        site.run("web3", "systemctl stop " + SERVICE)
+    else:
+        site.machines["web3"].check("sh", "-c", "kill $(cat /run/slave.pid)")
+        started[-1].wait(START_TIMEOUT_S)
+    site.upstream.commit({"index.html": "a page\n"})
+    site.run("web3", "slave-activate hanuman")
+    path = "PATH=/usr/local/bin:$PATH; cd /usr/local/bin; "  # where slave.py is
+    start_by_hand(
+        site.machines["web3"],
+        "To start slave.py as root, here:\n  sh -c '%s%s'\n" % (path, serve),
+        site.env,
+    )
+    ask = "import urllib.request; print(urllib.request.urlopen('http://web3:9999/').read())"
+    assert "a page" in site.run("master", 'python3 -c "%s"' % ask)
 
 
 # --- with OpenRC, or what its commands do for us ---
@@ -361,6 +518,29 @@ def find_sleeping(machine):
     """The processes of the machine that sleep for 1000 s."""
     program = "for one in /proc/[0-9]*/cmdline; do tr '\\0' ' ' <$one; echo; done 2>/dev/null"
     return re.findall("(?m)^sleep 1000 $", machine.run("sh", "-c", program).stdout)
+
+
+COUNTED_SERVICE = """[Service]
+ExecStart=/bin/sh -c 'echo >>/run/starts; exec sleep 1000'
+"""
+
+
+def test_a_hook_of_a_user_has_a_service_restarted(booted):
+    booted.check("useradd", "-m", "deploy")
+    make_upstream(booted, "deploy")
+    booted.path("/etc/systemd/system/hanuman.service").write_text(COUNTED_SERVICE)
+    booted.check("systemctl", "start", "hanuman")
+    shutil.copytree(str(ROOT / "docs"), str(booted.path(CHECKOUT)) + "/docs")
+    install = ["./install.sh", "slave", "--user", "deploy", "--base-url", "/srv/up"]
+    booted.check(*install, cwd=CHECKOUT)
+    text = find_block("recipes.md", "install -d -o deploy")
+    booted.check("sh", "-ec", text, cwd=CHECKOUT)
+    booted.check("./install.sh", "master", "127.0.0.1", cwd=CHECKOUT)
+    for starts in (2, 3):
+        booted.check("server-update", "hanuman")
+        line = "until [ $(wc -l </run/starts) = %d ]; do sleep 0.1; done" % starts
+        booted.check("sh", "-c", line, timeout=START_TIMEOUT_S)
+    booted.check("sh", "-c", "until systemctl is-active hanuman; do sleep 0.1; done")
 
 
 def test_a_slave_that_cannot_start_is_told(booted):
