@@ -1056,7 +1056,7 @@ print_entry() { # what a master's list has to name this slave by, as far as can 
   esac
 }
 
-# --- a relay: a slave that is the master of those beneath it, and that a forge may tell of pushes ---
+# --- a relay: a slave that is the master of those beneath it, and takes word from a forge ---
 
 install_relay() {
   slavelist=$list
