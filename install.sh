@@ -2,7 +2,7 @@
 # install.sh master [SLAVE...]   this machine has others update: server-update and its slave list,
 #                                to which these slaves are added
 # install.sh slave               this machine is updated: slave.py, enabled and started
-# install.sh relay [SLAVE...]    both: as it is updated, it has these slaves beneath it updated, too
+# install.sh relay [SLAVE...]    both: updated itself, it has these slaves beneath it updated, too
 # install.sh uninstall           remove what these put here; settings and clones stay
 #
 #   --prefix DIR     install into DIR/bin and DIR/share (/usr/local)
@@ -403,11 +403,11 @@ find_served() {
   fi
 }
 
-# slave.py alone reads, checks and explains settings. Printed are REPOS_DIR, PORT, 'yes' where
-# it speaks TLS, SLAVELIST, SECRET_FILE and BASE_URL, a line each, as slave.conf has them or, where there is
-# none, as the options and else the environment say; then a new slave.conf.
-# Options that differ from what a slave.conf says are a mistake: it is kept as it is. Of a relay it
-# has to name a list, whichever that is.
+# slave.py alone reads, checks and explains settings. Printed are REPOS_DIR, PORT, 'yes' where it
+# speaks TLS, SLAVELIST, SECRET_FILE and BASE_URL, a line each, as slave.conf has them or, where
+# there is none, as the options and else the environment say; then a new slave.conf.
+# Options that differ from what a slave.conf says are a mistake: it is kept as it is. That of a
+# relay has to name a list, whichever that is.
 ask_slave() {
   HOME=$home python3 -I -B -c '
 import os, sys
@@ -438,7 +438,8 @@ if os.path.lexists(conf):
             sys.exit("install.sh: %s says %s=%s: change that, or leave out %s %s"
                      % (conf, key, now[key], OPTIONS[key], text))
     if slavelist and not now["SLAVELIST"]:
-        sys.exit("install.sh: %s names no list: write SLAVELIST=%s there first" % (conf, slavelist))
+        sys.exit("install.sh: %s names no list: write SLAVELIST=%s there first"
+                 % (conf, slavelist))
 else:
     now = read(written, os.devnull)
 print(now["REPOS_DIR"], now["PORT"], "yes" if now["TLS_CERT"] else "", sep="\n")
