@@ -195,6 +195,15 @@ def start_slave(tmp_path, upstream):
     stop_for_good(*slaves)
 
 
+@pytest.fixture(scope="module")
+def idle_slave(tmp_path_factory):
+    """A slave that a file's tests share, those that start nothing at it: they are refused, say."""
+    folder = tmp_path_factory.mktemp("idle-slave")
+    one = Slave(folder, {"BASE_URL": folder / "upstream"})
+    yield one.start()
+    stop_for_good(one)
+
+
 @pytest.fixture(scope="session")
 def authority(tmp_path_factory):
     """A certificate authority that nobody trusts by itself."""

@@ -15,12 +15,17 @@ SOURCES = Path(
     os.environ.get("SERVER_UPDATE_SOURCES", str(ROOT))
 )  # broken copies, see tests/faults
 PYTHON = os.path.realpath(sys.executable)  # the scripts run under the Python that runs the tests
-SHELLS = [  # for every day one of them
-    "dash",
-    pytest.param("busybox ash", marks=pytest.mark.slow),
-    pytest.param("bash", marks=pytest.mark.slow),
-]
 SERVER_UPDATE = [PYTHON, "-I", str(SOURCES / "server-update")]
+
+
+def daily(count, cases):
+    """Cases of a test for pytest to run, of which all but the first `count` are marked slow."""
+    cases = list(cases)
+    rest = [case if isinstance(case, tuple) else (case,) for case in cases[count:]]
+    return cases[:count] + [pytest.param(*case, marks=pytest.mark.slow) for case in rest]
+
+
+SHELLS = daily(1, ["dash", "busybox ash", "bash"])
 
 
 def load(name):

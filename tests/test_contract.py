@@ -135,8 +135,8 @@ def test_a_long_poll_is_held_until_its_time_is_up(start_slave, upstream, http_up
         ("/" + "x" * 9000, 414),
     ],
 )
-def test_a_mistake_is_a_short_json_error(start_slave, path, status):
-    slave = start_slave()
+def test_a_mistake_is_a_short_json_error(idle_slave, path, status):
+    slave = idle_slave
     got, headers, body = slave.get(path)
     assert (got, headers["Content-Type"].split(";")[0]) == (status, "application/json")
     assert set(json.loads(body.decode("ascii"))) == {"error"}
@@ -145,15 +145,14 @@ def test_a_mistake_is_a_short_json_error(start_slave, path, status):
     assert [p.name for p in slave.repos.glob("*") if p.name != ".server-update"] == []
 
 
-def test_too_many_headers_are_431(start_slave):
+def test_too_many_headers_are_431(idle_slave):
     headers = {"X-%d" % number: "x" * 200 for number in range(200)}
-    assert start_slave().get("/healthz", headers=headers)[0] == 431
+    assert idle_slave.get("/healthz", headers=headers)[0] == 431
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "TRACE", "PATCH", "BREW"])
-def test_another_method_is_405_with_allow(start_slave, method):
-    slave = start_slave()
-    status, headers, body = slave.get("/?repo=hanuman", method=method)
+def test_another_method_is_405_with_allow(idle_slave, method):
+    status, headers, body = idle_slave.get("/?repo=hanuman", method=method)
     assert (status, headers["Allow"]) == (405, "GET, HEAD")
     assert "error" in json.loads(body.decode("ascii"))
 
@@ -169,8 +168,8 @@ def test_head_answers_as_get_without_a_body_and_starts_nothing(start_slave, upst
     assert slave.json("/status")["repos"] == {}
 
 
-def test_healthz_and_the_text_at_the_root(start_slave):
-    slave = start_slave()
+def test_healthz_and_the_text_at_the_root(idle_slave):
+    slave = idle_slave
     assert slave.get("/healthz")[0] == 200
     assert slave.get("/healthz")[2].strip() == b"ok"
     status, headers, body = slave.get("/")

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from farm import answering, refusing_entry
 from processes import processes_below, wait_until
-from product import ROOT, shorten_pauses
+from product import ROOT, daily, shorten_pauses
 from update_support import Update
 from upstream import run_git
 
@@ -40,7 +40,7 @@ def names_in(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.mark.parametrize("way", ["path", "http"])
+@pytest.mark.parametrize("way", daily(1, ["http", "path"]))
 def test_one_command_updates_every_slave_and_says_what_is_live(fleet, upstream, update, way):
     repo = upstream.create("hanuman", {"index.html": "one\n", "old": "gone soon\n"})
     first, slaves = repo.head(), fleet(way)
@@ -163,8 +163,8 @@ def push_in_hook(slave, repo, commit):
     hook.chmod(0o755)
 
 
-@pytest.mark.parametrize("options", [("--batch", "1"), ("--at-once", "1")])
-def test_a_push_in_the_middle_of_a_rollout_waits_for_the_next(fleet, upstream, update, options):
+@pytest.mark.parametrize("pace", daily(1, ["--batch=1", "--at-once=1"]))
+def test_a_push_in_the_middle_of_a_rollout_waits_for_the_next(fleet, upstream, update, pace):
     """What was tried first is what all get."""
     repo = upstream.create("hanuman")
     slaves, before = fleet(), repo.head()
@@ -172,7 +172,7 @@ def test_a_push_in_the_middle_of_a_rollout_waits_for_the_next(fleet, upstream, u
     asked = repo.commit({"page": "asked for"})
     pushed = repo.commit({"page": "pushed"}, branch="next", parent=asked)
     push_in_hook(slaves[0], repo, pushed)
-    done = update(slaves, *options)
+    done = update(slaves, pace)
     assert done.returncode == 0, done.stdout
     assert "\nhanuman: 3 live of 3, " in done.stdout
     assert "\ncommits: %s on 3\n" % asked[:7] in done.stdout
@@ -208,7 +208,7 @@ def test_a_push_between_slaves_is_seen_and_the_printed_command_mends_it(
     assert len({commit_in(slave) for slave in slaves}) == 1
 
 
-@pytest.mark.parametrize("ref", [None, "side", "v1"])
+@pytest.mark.parametrize("ref", daily(1, [None, "side", "v1"]))
 def test_exactly_a_commit_goes_live(fleet, upstream, update, ref):
     """Whatever has come since; and what is no commit of upstream is told by each slave."""
     repo = upstream.create("hanuman")
@@ -277,7 +277,7 @@ def test_the_status_is_good_only_where_a_commit_is_live_and_its_tree_is_there(
     assert update(slaves[1:], "--status", repo="hanumna").returncode == 1
 
 
-@pytest.mark.parametrize("kind", ["branch", "tag", "commit"])
+@pytest.mark.parametrize("kind", daily(1, ["branch", "tag", "commit"]))
 def test_a_ref_goes_live_on_every_slave(fleet, upstream, update, kind):
     repo = upstream.create("hanuman")
     wanted = repo.commit({"page": "of the ref"}, branch="feature/one")

@@ -83,6 +83,7 @@ def test_a_second_run_changes_nothing_and_says_so(installer):
         assert contents(installer.stage) == before
 
 
+@pytest.mark.slow
 def test_a_strict_umask_makes_no_difference(installer):
     installer.check("slave", before=("sh", "-c", 'umask 077; exec "$@"', "sh"))
     assert files(installer.stage) == SLAVE_FILES and folder_modes(installer.stage) == {0o755}
@@ -109,6 +110,7 @@ def test_an_upgrade_replaces_scripts_and_keeps_settings_user_and_served_file(ins
     assert '\nExecStart="/usr/local/bin/slave.py"\n' in (installer.stage / UNIT).read_text()
 
 
+@pytest.mark.slow
 def test_who_has_a_script_open_keeps_the_old_one_whole(installer):
     installer.check("slave")
     script = installer.stage / "usr/local/bin/slave-activate"
@@ -151,6 +153,7 @@ def test_slaves_are_added_to_a_list_without_any(installer):
     assert list_file.read_text() == text + "web1\nweb2\n"
 
 
+@pytest.mark.slow
 def test_a_slave_that_is_no_good_is_not_added(installer):
     installer.check("master", "web1")
     assert installer.refused("master", "web2", "web3:80x") == (
@@ -158,6 +161,7 @@ def test_a_slave_that_is_no_good_is_not_added(installer):
     )
 
 
+@pytest.mark.slow
 def test_the_settings_shown_are_the_defaults(installer, slave):
     installer.check("slave")
     conf = installer.stage / "etc/server-update/slave.conf"
@@ -262,6 +266,7 @@ def test_without_root_from_nothing_to_an_update(installer, as_user, upstream, tm
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shell", SHELLS)
 def test_the_clones_folder_is_made_without_the_install_program(
     installer, as_user, tmp_path, shell
@@ -296,6 +301,7 @@ def test_who_is_not_root_runs_it_as_himself(installer, as_user, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_folder_beside_that_of_the_clones_is_left_alone(installer, as_user, tmp_path):
     (tmp_path / "repos.new").mkdir()
     (tmp_path / "repos.new/mine").write_text("mine\n")
@@ -305,6 +311,7 @@ def test_a_folder_beside_that_of_the_clones_is_left_alone(installer, as_user, tm
     assert os.listdir(str(tmp_path / "repos.new")) == ["mine"]
 
 
+@pytest.mark.slow
 def test_a_mistake_in_slave_conf_is_no_reason_not_to_uninstall(installer):
     installer.check("slave")
     (installer.stage / "etc/server-update/slave.conf").write_text("PORT=80x\n")
@@ -316,6 +323,7 @@ def test_a_mistake_in_slave_conf_is_no_reason_not_to_uninstall(installer):
     )
 
 
+@pytest.mark.slow
 def test_uninstall_leaves_what_starts_the_slave_of_another_prefix(installer):
     installer.check("slave", "--prefix", "/opt/usr/local")
     (installer.stage / "usr/local/bin").mkdir(parents=True)
@@ -326,6 +334,7 @@ def test_uninstall_leaves_what_starts_the_slave_of_another_prefix(installer):
     assert half.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "args, entry", [([], "%s"), (["--port", "8000"], "%s:8000"), (["--port", "0"], "%s")]
 )
@@ -338,6 +347,7 @@ def test_the_next_step_names_the_slave_as_the_list_has_to(
     assert out.endswith("./install.sh master %s\n" % (entry % os.uname().nodename))
 
 
+@pytest.mark.slow
 def test_with_tls_the_next_step_names_a_url(installer, as_user, tmp_path):
     env = {"HOME": str(tmp_path), "SERVER_UPDATE_TLS_CERT": "/srv/cert.pem"}
     args = ["slave", "--prefix", str(tmp_path / "own")]
@@ -345,6 +355,7 @@ def test_with_tls_the_next_step_names_a_url(installer, as_user, tmp_path):
     assert out.endswith("./install.sh master https://%s:9999/\n" % os.uname().nodename)
 
 
+@pytest.mark.slow
 def test_somebody_elses_link_stays(installer):
     link = installer.stage / "bin/slave-activate"
     link.parent.mkdir(parents=True)
@@ -357,6 +368,7 @@ def test_somebody_elses_link_stays(installer):
     assert os.readlink(str(link)) == "/usr/local/bin/slave-activate"
 
 
+@pytest.mark.slow
 def test_a_script_that_does_not_work_is_told(installer):
     (installer.folder / "server-update").write_text("raise SystemExit(1)\n")
     done = installer.run("master")
@@ -365,6 +377,7 @@ def test_a_script_that_does_not_work_is_told(installer):
     assert "man1" not in done.stdout
 
 
+@pytest.mark.slow
 def test_a_list_of_blanks_alone_has_no_slaves(installer):
     installer.check("master")
     list_file = installer.stage / "etc/server-update/slavelist.txt"
@@ -451,11 +464,13 @@ def test_an_option_that_a_kept_slave_conf_agrees_with_is_none(installer):
     assert "Nothing had to be changed" in installer.check("slave", *same)
 
 
+@pytest.mark.slow
 def test_a_bad_option_is_a_mistake_also_beside_a_slave_conf(installer):
     installer.check("slave")
     assert installer.refused("slave", "--port", "80x") == "install.sh: bad PORT '80x'"
 
 
+@pytest.mark.slow
 def test_a_slave_conf_that_cannot_be_read_is_told(installer):
     conf = installer.stage / "etc/server-update/slave.conf"
     conf.mkdir(parents=True)
@@ -489,6 +504,7 @@ def tools_without(folder, *missing):
     return {"PATH": str(folder)}
 
 
+@pytest.mark.slow
 def test_a_missing_tool_is_named(installer, tmp_path):
     no_git = tools_without(tmp_path / "no-git", "git")
     assert installer.refused("slave", env=no_git, status=1) == (
@@ -505,6 +521,7 @@ def test_a_missing_tool_is_named(installer, tmp_path):
 NEEDED = (("slave", "slave-activate"), ("slave", "slave.py"), ("master", "slavelist.txt"))
 
 
+@pytest.mark.slow
 def test_a_missing_script_is_named(installer):
     for role, name in NEEDED:
         (installer.folder / name).rename(installer.folder / "away")
@@ -519,6 +536,7 @@ exec %s -c 'import sys; %s; exec(sys.argv[1])' "$2"
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -540,6 +558,7 @@ def test_a_python_that_is_too_old_or_incomplete_is_told(installer, tmp_path, cha
         assert installer.refused(role, env=env, status=1) == "install.sh: " + message
 
 
+@pytest.mark.slow
 def test_a_target_that_cannot_be_written_is_told(installer, as_user):
     installer.stage.mkdir(mode=0o555)
     assert installer.refused("slave", before=as_user, status=1) == (
@@ -555,6 +574,7 @@ def test_a_target_that_cannot_be_written_is_told(installer, as_user):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shell", SHELLS)
 def test_a_full_and_a_read_only_disk_are_told(installer, small_disk, shell):
     installer.stage = small_disk(8 * 4096)
@@ -583,6 +603,7 @@ def test_help_names_every_option(installer):
 # --- killed, and two at once ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("role", ["slave", "uninstall"])
 def test_what_a_killed_run_left_beside_a_file_is_removed(installer, role):
     installer.check("slave")
@@ -667,6 +688,7 @@ def test_many_at_once_end_in_one_whole_install(installer, tmp_path):
         assert written in [(one.folder / name).read_bytes() for one in (installer, newer)]
 
 
+@pytest.mark.slow
 def test_who_waits_for_another_run_says_so(installer):
     folder = os.open(str(installer.stage.parent), os.O_RDONLY)
     try:
@@ -747,6 +769,7 @@ echo "supervisor $supervisor, PATH $PATH"
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shell", ["busybox ash", "dash"])
 def test_the_openrc_script_starts_the_slave(installer, tmp_path, shell):
     (installer.stage / "sbin").mkdir(parents=True)

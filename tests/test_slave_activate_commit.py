@@ -2,6 +2,7 @@
 
 import pytest
 from activate_support import Activate, git
+from product import daily
 
 BAD = ["", "main", "1234567", "g" * 40, "1" * 39, "1" * 41, "1" * 63, "-x", "HEAD"]
 
@@ -43,8 +44,10 @@ def test_usage(activate):
         assert (result.status, result.err.count("\n")) == (2, 1), result
 
 
-@pytest.mark.parametrize("ref, name", [((), "main"), (("main",), "main"), (("side",), "side")])
-@pytest.mark.parametrize("which", ["main", "main^", "side", "v1"])
+@pytest.mark.parametrize(
+    "ref, name", daily(2, [((), "main"), (("side",), "side"), (("main",), "main")])
+)
+@pytest.mark.parametrize("which", daily(2, ["main^", "side", "main", "v1"]))
 def test_a_branch_is_reset_to_it(activate, repo, ref, name, which):
     commit = repo.head(which)
     for old in ("-", commit):

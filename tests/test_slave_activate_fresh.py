@@ -6,6 +6,7 @@ import subprocess
 
 import pytest
 from activate_support import assert_fresh, git, snapshot
+from product import daily
 
 
 @pytest.fixture
@@ -68,7 +69,7 @@ CHANGES = [
 ]
 
 
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("change", daily(4, CHANGES), ids=lambda change: change.__name__)
 def test_after_a_change_upstream_it_equals_a_clone(activate, upstream, repo, tmp_path, change):
     url = upstream.base_path + "/r.git"
     activate.good("r")
@@ -130,7 +131,7 @@ def test_another_base_url_is_followed(activate, upstream, http_upstream, repo, t
     assert_fresh(activate, upstream.base_path + "/sub/r.git", tmp_path / "sub", "--no-local")
 
 
-@pytest.mark.parametrize("ref", ["side", "light", "v1", "main"])
+@pytest.mark.parametrize("ref", daily(2, ["side", "v1", "light", "main"]))
 def test_a_branch_or_tag_equals_a_clone_of_it(activate, upstream, repo, tmp_path, ref):
     for number in range(2):
         assert activate.good("r", ref)[0] == repo.head(ref)
@@ -156,7 +157,7 @@ def test_a_commit_goes_live_detached(activate, repo):
     assert git(activate.live(), "symbolic-ref", "HEAD") == "refs/heads/main"
 
 
-@pytest.mark.parametrize("base", ["path", "http"])
+@pytest.mark.parametrize("base", daily(1, ["http", "path"]))
 def test_a_commit_of_no_branch_any_more(activate, upstream, http_upstream, repo, base):
     if base == "http":
         activate.settings["BASE_URL"] = http_upstream.url

@@ -7,6 +7,7 @@ import tempfile
 
 import pytest
 from activate_support import Activate, assert_fresh, git
+from product import daily
 
 SLOW = "slave-activate: can't reuse the old clone, cloning without it: "
 
@@ -201,7 +202,7 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+@pytest.mark.parametrize("damage", daily(10, DAMAGES), ids=lambda damage: damage.__name__)
 def test_a_damaged_old_clone_ends_in_a_fresh_one(activate, upstream, live, tmp_path, damage):
     if damage is become_foreign and os.getuid():
         pytest.skip("another user's tree needs root")
@@ -234,14 +235,17 @@ def test_rot_that_has_no_trace_is_found_where_it_is_read(activate, upstream, liv
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "index.lock",
-        "HEAD.lock",
-        "shallow.lock",
-        "config.lock",
-        "packed-refs.lock",
-        "refs/heads/main.lock",
-    ],
+    daily(
+        2,
+        [
+            "index.lock",
+            "refs/heads/main.lock",
+            "HEAD.lock",
+            "shallow.lock",
+            "config.lock",
+            "packed-refs.lock",
+        ],
+    ),
 )
 def test_locks_lying_about_are_no_obstacle(activate, live, name):
     (live / ".git" / name).write_text("")
@@ -289,7 +293,7 @@ def test_a_state_folder_that_is_a_link_leads_to_no_other_live_folder(activate, u
     assert (tmp_path / "vault" / "r" / "precious").exists()
 
 
-@pytest.mark.parametrize("name", ["r.log", "r.new", "r.old"])
+@pytest.mark.parametrize("name", daily(1, ["r.new", "r.log", "r.old"]))
 def test_a_dangling_link_in_the_state_folder_is_swept(activate, live, tmp_path, name):
     (activate.state / name).symlink_to(tmp_path / "outside")
     activate.good("r")

@@ -8,6 +8,7 @@ import time
 import pytest
 from activate_support import Activate, snapshot
 from processes import wait_until
+from product import daily
 
 AGAIN = "slave-activate: upstream: "
 SLOW = "can't reuse the old clone"
@@ -34,7 +35,9 @@ def forget(http_upstream):
     http_upstream.bytes_sent = 0
 
 
-@pytest.mark.parametrize("fault", ["503", "500", "502", "429", "reset", "cut:10", "garbage"])
+@pytest.mark.parametrize(
+    "fault", daily(2, ["503", "reset", "cut:10", "500", "502", "429", "garbage"])
+)
 @pytest.mark.parametrize("request_number", [1, 2, PACKS])
 def test_a_hiccup_costs_no_whole_clone(activate, repo, http_upstream, fault, request_number):
     first, _ = activate.good("r")

@@ -198,10 +198,9 @@ MALFORMED = [
 
 
 @pytest.mark.parametrize("line", MALFORMED)
-def test_a_malformed_header_is_400_and_nothing_after_it_a_request(start_slave, line):
+def test_a_malformed_header_is_400_and_nothing_after_it_a_request(idle_slave, line):
     """http.client drops it with all that follow, so that the body would be a second request."""
-    slave = start_slave()
-    stand_in(slave)
+    slave = idle_slave
     body = b"GET /?repo=smuggled HTTP/1.1\r\n\r\n"
     got = ask(slave.port, b"GET /healthz HTTP/1.1\r\n" + line
               + b"\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
@@ -211,8 +210,8 @@ def test_a_malformed_header_is_400_and_nothing_after_it_a_request(start_slave, l
     assert not list(slave.state.glob("*.json"))
 
 
-def test_a_header_of_any_kind_that_is_allowed_is_taken(start_slave):
-    slave = start_slave()
+def test_a_header_of_any_kind_that_is_allowed_is_taken(idle_slave):
+    slave = idle_slave
     for line in (b"X:", b"X:y", b"X: \t y \t", b"X: \xc3\xa9 a:b", b"!#$%&'*+.^_`|~-09aZ: x"):
         got = ask(slave.port, b"GET /healthz HTTP/1.1\r\n" + line
                   + b"\r\nConnection: close\r\n\r\n")

@@ -347,8 +347,8 @@ def test_a_header_has_ten_seconds_in_all(start_slave):
         (b"GET /?repo=a HTTP/1.1", None),
     ],
 )
-def test_odd_requests(start_slave, data, status):
-    slave = start_slave()
+def test_odd_requests(idle_slave, data, status):
+    slave = idle_slave
     answer = exchange(slave.port, data)
     if status is None:
         assert answer == b"", "a request that was cut off is none"

@@ -62,10 +62,9 @@ def test_the_commit_by_note_and_via_are_kept(start_slave):
     ("via=%s," % ID, "bad 'via'"),
     ("history=2", "bad 'history'"),
 ])
-def test_bad_parameters(start_slave, query, text):
-    slave = start_slave()
-    assert slave.json("/?repo=a&" + query, status=400) == {"error": text}
-    assert not list(slave.state.glob("*.json"))
+def test_bad_parameters(idle_slave, query, text):
+    assert idle_slave.json("/?repo=a&" + query, status=400) == {"error": text}
+    assert not list(idle_slave.state.glob("*.json"))
 
 
 def test_parameters_that_just_fit(start_slave):

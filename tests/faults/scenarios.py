@@ -465,15 +465,16 @@ def a_restart_between_signal_and_outcome_is_seen_through(place):
     assert json.loads(output.splitlines()[1])["commit"] == place.repo.head()
 
 
+# The first of them are for every day, see test_scenarios.py.
 SCENARIOS = [
-    accepted_survives_a_loss_of_power, accepted_is_on_disk_before_the_answer,
-    a_clone_is_on_disk_before_it_goes_live, what_was_live_survives_a_failing_upstream,
-    a_failing_hook_keeps_what_is_live, the_next_run_sweeps_what_a_killed_one_left,
-    a_damaged_pack_heals, a_clone_stands_alone, two_at_once_take_turns,
-    a_reader_never_sees_it_missing, the_last_signal_wins, ids_grow_although_the_clock_went_back,
+    what_is_told_as_live_is_live, different_commits_are_no_success,
+    accepted_survives_a_loss_of_power, what_was_live_survives_a_failing_upstream,
+    the_last_signal_wins, a_reader_never_sees_it_missing, accepted_is_on_disk_before_the_answer,
+    a_clone_is_on_disk_before_it_goes_live, a_failing_hook_keeps_what_is_live,
+    the_next_run_sweeps_what_a_killed_one_left, a_damaged_pack_heals, a_clone_stands_alone,
+    two_at_once_take_turns, ids_grow_although_the_clock_went_back,
     no_name_reaches_outside_by_hand, no_name_reaches_outside_by_http,
     an_unsigned_signal_is_refused, a_slaves_key_is_worth_nothing_at_another,
-    nothing_of_a_run_outlives_it, a_dead_slave_is_no_success,
-    a_failed_update_is_no_success, different_commits_are_no_success, what_is_told_as_live_is_live,
+    nothing_of_a_run_outlives_it, a_dead_slave_is_no_success, a_failed_update_is_no_success,
     a_replaced_update_is_no_success, a_restart_between_signal_and_outcome_is_seen_through,
 ]
