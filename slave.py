@@ -33,6 +33,7 @@ import json
 import re
 import resource
 import select
+import shlex
 import shutil
 import socket
 import ssl
@@ -41,7 +42,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections import namedtuple
+from collections import Counter, namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from queue import Empty, SimpleQueue
 from urllib.parse import unquote
 
@@ -52,20 +54,36 @@ MAX_RUNNING = 4  # side by side
 MAX_QUEUED = 100  # repositories with an update that waits
 MAX_ENDED = 10  # ended updates that are remembered, a repository
 MAX_WITHOUT_TREE = 1000  # repositories that are remembered although nothing is live
+INTERRUPTED = "interrupted three times by the slave's own end; signal again for another try"
 MAX_TRIES = 3  # starts of one update; more only where the slave was stopped cleanly
 BACKSTOP_S = 10  # beyond TIMEOUT, by which slave-activate itself should have ended
 # A stop takes up to the sum of the next four, which a service manager must have patience for.
 KILL_AFTER_S = 10  # from TERM to KILL
+NEVER_S = float("inf")
 GIVE_UP_AFTER_S = 1  # from KILL to the insight that it can't be killed
 GIT_TIMEOUT_S = 2  # to say what is live
 LEFTOVER_S = 0.5  # for what a run that has ended left in its process group
 POLL_S = 0.02  # how often a run is asked whether it has ended
 MAX_MESSAGE_CHARS = 300
 MAX_STDOUT_BYTES = 65536  # of a run that are kept
-OUTPUT_KINDS = ("slave-activate: ", "fatal: ", "error: ", "")  # what tells most comes first
+# What tells most comes first.
+OUTPUT_KINDS = ("slave-activate: ", "server-update: ", "fatal: ", "error: ", "")
 HOOK_RE = re.compile(r"live, but post-update hook failed \(([0-9]{1,3})\)")
 LEFT_RE = re.compile("can(not|'t) remove ")  # of the old tree
 OUTCOME_PATTERN = r"%s ([0-9a-f]{40,64}|-) ([0-9a-f]{40,64}|-)\n"  # slave-activate's stdout
+
+# Slaves beneath
+OUTCOMES = ("live", "hook failed", "beneath failed", "failed", "refused", "unreachable",
+            "timeout", "interrupted", "not started", "signalled")  # server-update's
+NOT_FOR_RELAYS_RE = re.compile(
+    "--(no-wait|status|history|dry-run|list|limit|json|ref|commit)(=.*)?")
+LIST_TIMEOUT_S = 30  # to read a list of a million
+MAX_JSON_BYTES = 65536  # of a line
+BAD_FIELDS = ("slave", "outcome", "message")
+MAX_BAD = 100  # slaves that are told by name
+MAX_BAD_BYTES = 16384  # of them, as JSON
+MAX_NAMES = 10  # of them, for update-ended
+UPDATE_ENDED_TIMEOUT_S = 60
 
 USER_RE = re.compile(r"(?<=://)[^/?#\s]*@")  # user and password of a URL
 
@@ -343,6 +361,13 @@ def parse_networks(text):
     return [ipaddress.ip_network(word) for word in words]
 
 
+def parse_relay_options(text):
+    words = shlex.split(text)
+    if any(map(NOT_FOR_RELAYS_RE.fullmatch, words)):
+        raise ValueError("not for a relay")
+    return words
+
+
 def parse_globs(text):
     if not GLOBS_RE.fullmatch(text):
         raise ValueError("not globs of names")
@@ -355,7 +380,7 @@ SETTINGS = {
                         "URL or path: clones are made of BASE_URL/NAME.git"),
     "REPOS_DIR": Setting("~/repos", parse_path, "folder where the clones go live"),
     "HOOKS_DIR": Setting("/etc/server-update/hooks", parse_path,
-                         "has pre-update and post-update"),
+                         "has pre-update, post-update and update-ended"),
     "PORT": Setting("9999", parse_port, "0 takes a free one"),
     "BIND": Setting("", ipaddress.ip_address, "address to listen on, else all"),
     "TIMEOUT": Setting("600", parse_timeout, "seconds for an update"),
@@ -365,6 +390,8 @@ SETTINGS = {
     "ALLOW_FROM": Setting("", parse_networks, "addresses and networks that may ask, else all"),
     "ALLOW_REPOS": Setting("", parse_globs,
                            "globs of repositories that may be updated, else all"),
+    "SLAVELIST": Setting("", parse_path, "slaves beneath: they follow each update of this one"),
+    "RELAY_OPTIONS": Setting("", parse_relay_options, "options of server-update for them"),
     "TLS_CERT": Setting("", parse_path, "certificate chain (PEM): serve https"),
     "TLS_KEY": Setting("", parse_path, "its key, where that is not in TLS_CERT"),
 }
@@ -476,8 +503,8 @@ def own_setting(settings, key, repo):
 # One update. /status tells the fields of TOLD; times are seconds since 1970; a stop of the slave
 # that was clean is no try; `first` is the oldest update that this one has taken the place of.
 Record = namedtuple("Record", "repo update ref state requested started finished commit previous "
-                    "message pin hook beneath beneath_bad by note via first tries",
-                    defaults=[None] * 4 + [""] + [None] * 8 + [0])
+                    "message pin hook beneath beneath_bad by note via first tries untold",
+                    defaults=[None] * 4 + [""] + [None] * 8 + [0, None])
 TOLD = Record._fields[:16]
 
 
@@ -486,12 +513,21 @@ def told(record):
     return {key: getattr(record, key) for key in TOLD}
 
 
+def outcome(record):
+    """How an update has ended, in server-update's words."""
+    if record.state != "live":
+        return record.state
+    if record.hook is not None:
+        return "hook failed"
+    if set(record.beneath or ()) - {"live"}:
+        return "beneath failed"
+    return "live"
+
+
 def next_update_id(newest, now):
     """Milliseconds since 1970, but always more than the id of `newest`, a Record or None."""
-    update = int(now * 1000)
-    if newest and newest.update >= update:
-        return newest.update + 1
-    return max(update, 1)
+    before = newest.update if newest else 0
+    return max(int(now * 1000), before + 1)
 
 
 class Records(namedtuple("Records", "ended running queued", defaults=((), None, None))):
@@ -517,8 +553,7 @@ class Records(namedtuple("Records", "ended running queued", defaults=((), None, 
         update = next_update_id(newest, now)
         record = Record(repo, update, ref, "queued", requested=now, first=update, **asked)
         # Until it starts, what is live is what the update before it left.
-        if newest:
-            record = record._replace(commit=newest.commit)
+        record = record._replace(commit=newest and newest.commit)
         return self._replace(queued=record).keep_first(self.queued)
 
     def keep_first(self, replaced):
@@ -529,29 +564,32 @@ class Records(namedtuple("Records", "ended running queued", defaults=((), None, 
 
     def start(self, live, now):
         """The queued update runs; `live` is the commit that is live before it."""
+        tries = self.queued.tries + 1
         begun = self.queued._replace(state="running", started=now, commit=live, previous=live)
-        begun = begun._replace(tries=begun.tries + 1)
-        return self._replace(running=begun, queued=None)
+        return self._replace(running=begun._replace(tries=tries), queued=None)
 
-    def finish(self, changes, now):
-        """The running update has ended; `changes` are to fields of its record."""
-        done = self.running._replace(finished=now, **changes)
-        ended = (*self.ended, done)[-MAX_ENDED:]
-        return self._replace(ended=ended, running=None)
-
-    def give_up(self, update, changes, now):
-        """An update has failed for a reason of the slave's own, unless it has ended before."""
-        # What came to its end before something went wrong has ended as it has.
+    def finish(self, update, changes, now):
+        """An update has ended, unless it had before; `changes` are to fields of its record."""
         record = self.find(update)
         if not record or record.finished:
             return self
+        # What could not even begin ends all the same.
         begun = self if self.running else self.start(record.commit, now)
-        return begun.finish(changes, now)
+        done = begun.running._replace(finished=now, **changes)
+        # Who is bad beneath is told of the newest alone.
+        before = [record._replace(beneath_bad=None) for record in self.ended]
+        ended = (*before, done)[-MAX_ENDED:]
+        return begun._replace(ended=ended, running=None)
+
+    def tell(self, update):
+        """update-ended has run for an update."""
+        ended = [record._replace(untold=record.untold and record.update != update)
+                 for record in self.ended]
+        return self._replace(ended=tuple(ended))
 
     def stop(self):
         """The slave ends cleanly under the running update: that is no try."""
-        again = self.running._replace(tries=self.running.tries - 1)
-        return self._replace(running=again).requeue()
+        return self.requeue(tries=self.running.tries - 1)
 
     def resume(self):
         """The slave has begun: what it ended under is queued again, unless that was too often."""
@@ -560,11 +598,11 @@ class Records(namedtuple("Records", "ended running queued", defaults=((), None, 
             return self
         return self.requeue()
 
-    def requeue(self):
-        """What runs is queued again, or what is queued takes its place."""
+    def requeue(self, **changes):
+        """What runs is queued again, with these changes, or what is queued takes its place."""
         if self.queued:
             return self._replace(running=None).keep_first(self.running)
-        again = self.running._replace(state="queued", started=None)
+        again = self.running._replace(state="queued", started=None, **changes)
         return self._replace(queued=again, running=None)
 
     def forget(self):
@@ -582,6 +620,15 @@ def is_number(value):
     return isinstance(value, (int, float)) and 0 <= value < 1e15
 
 
+def is_counts(value):
+    """Whether a value of JSON says how many slaves beneath had which outcome."""
+    return isinstance(value, dict) and all(map(is_number, value.values()))
+
+
+def is_list(value):
+    return isinstance(value, list)
+
+
 # What must hold for the fields of a record; all but those of REQUIRED may be None as well.
 RULES = {
     "repo": is_repo_name,
@@ -595,11 +642,14 @@ RULES = {
     "message": re.compile(".*", re.DOTALL).fullmatch,
     "pin": HASH_RE.fullmatch,
     "hook": is_number,
+    "beneath": is_counts,
+    "beneath_bad": is_list,
     "by": is_note,
     "note": is_note,
     "via": VIA_RE.fullmatch,
     "first": is_number,
     "tries": is_number,
+    "untold": is_number,
 }
 REQUIRED = {"repo", "update", "requested", "message", "tries"}
 
@@ -872,17 +922,11 @@ def is_emptied(tree):
 
 
 def read_ref(git, name):
-    """What a ref of a .git folder says; nothing where plain files don't tell. All is bytes."""
+    """What a ref of a .git folder says; nothing where no file does. All is bytes."""
     try:
         return read_file(os.path.join(git, name)).strip()
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        pass
-    try:
-        packed = read_file(os.path.join(git, b"packed-refs"))
-    except (FileNotFoundError, NotADirectoryError):
         return b""
-    found = re.search(b"^([0-9a-f]+) %s$" % re.escape(name), packed, re.M)
-    return found.group(1) if found else b""
 
 
 def ask_git(git):
@@ -912,6 +956,16 @@ def read_live_commit(tree):
         return None
     commit = text.decode("ascii", "replace")
     return commit if HASH_RE.fullmatch(commit) else None
+
+
+def find_command(name):
+    """The path of a program: on PATH, beside this script, or in /bin."""
+    beside = os.path.dirname(os.path.abspath(__file__))
+    folders = [os.environ.get("PATH", os.defpath), beside, "/bin"]
+    command = shutil.which(name, path=os.pathsep.join(folders))
+    if not command:
+        raise OSError("no %s on PATH, beside slave.py or in /bin" % name)
+    return command
 
 
 class Lines:
@@ -960,10 +1014,19 @@ class Run:
         self.poll.register(stdout, select.POLLIN)
         self.poll.register(stderr, select.POLLIN)
 
-    def wait(self, timeout_s, is_stopping):
-        """Blocks until it has ended or been given up: None, or "timeout" or "stop" by force.
+    def finish(self, timeout_s, is_stopping):
+        """Blocks until it has ended, with all that it started, or been given up.
 
-        It is ended early once `is_stopping` says so, a function."""
+        It is ended early once `is_stopping` says so, a function. Returns what wait() does."""
+        try:
+            why = self.wait(timeout_s, is_stopping)
+            self.end_rest()
+        finally:
+            self.close()
+        return why
+
+    def wait(self, timeout_s, is_stopping):
+        """Waits until it has ended or been given up: None, or "timeout" or "stop" by force."""
         if self.ends_within(timeout_s, is_stopping):
             return None
         # From here on it is by force, whether it obeys or not.
@@ -1012,8 +1075,9 @@ class Run:
         text = line.decode("utf-8", "replace").rstrip().replace("\t", " ")
         log("%s: %s", self.name, text)
         kind = next(kind for kind in OUTPUT_KINDS if text.startswith(kind))
-        if text[len(kind):]:
-            self.said[kind] = text[len(kind):]
+        words = text[len(kind):]
+        if words:
+            self.said[kind] = words
 
     def end_rest(self):
         """Has what it left end, which gets a moment to say something."""
@@ -1100,6 +1164,86 @@ def judge_hook(status, words):
     if status == 3:
         return 1
     return 128 - (status or -signal.SIGKILL)
+
+
+# -- beneath: what server-update tells of the slaves beneath a relay; pure -----
+
+class Beneath:
+    """What the lines of server-update --json say, of however many slaves."""
+
+    def __init__(self):
+        self.listed = None  # slaves, as its first line says
+        self.counts = None  # {outcome: count}, of its last line
+        self.bad = []  # those that are not good, as far as they are told
+        self.left_bytes = MAX_BAD_BYTES
+
+    def take(self, line):
+        """Takes a line, in bytes; what makes no sense is passed over."""
+        try:
+            fields = json.loads(line.decode("utf-8"))
+            if fields["type"] == "start":
+                self.listed = int(fields["slaves"])
+            elif fields["type"] == "result":
+                self.take_result(fields)
+            elif fields["type"] == "summary":
+                self.counts = sum_counts(fields["outcomes"], fields.get("beneath") or {})
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            pass
+
+    def take_result(self, fields):
+        if fields["outcome"] != "live":
+            self.add_bad(fields, "")
+        # A relay's own are named after it.
+        for below in fields.get("beneath_bad") or ():
+            self.add_bad(below, fields["slave"] + " > ")
+
+    def add_bad(self, fields, above):
+        bad = {key: escape(fields[key])[:MAX_MESSAGE_CHARS] for key in BAD_FIELDS}
+        bad["slave"] = above + bad["slave"]
+        size = len(json.dumps(bad)) + len(", ")
+        if len(self.bad) < MAX_BAD and size <= self.left_bytes:
+            self.bad.append(bad)
+            self.left_bytes -= size
+
+
+def sum_counts(*parts):
+    """{outcome: count} of all together; an error of Beneath.take where they are no counts."""
+    total = Counter()
+    for counts in parts:
+        for outcome, count in counts.items():
+            # A newer version may have others; none of them is good.
+            known = outcome if outcome in OUTCOMES else "failed"
+            total[known] += int(count)
+    return {outcome: total[outcome] for outcome in OUTCOMES if total[outcome]}
+
+
+def found_live(record, commit):
+    """A record where that commit is live by now: by hand, perhaps."""
+    if record.state == "live" and record.beneath and commit != record.commit:
+        count = int(sum(record.beneath.values()))
+        message = "another commit was put live here by hand, and not beneath"
+        record = record._replace(message=message, beneath={"not started": count})
+    return record._replace(commit=commit)
+
+
+def add_beneath(changes, beneath):
+    """The changes to a record with those of what is beneath, which the message says in words."""
+    counts = beneath["beneath"]
+    sums = ", ".join("%d %s" % (counts[outcome], outcome) for outcome in counts)
+    words = [changes["message"], "beneath: " + sums]
+    # Where nothing was begun somebody has to know why.
+    if list(counts) == ["not started"] and not changes["message"]:
+        words.append(beneath["beneath_bad"][0]["message"])
+    return dict(changes, message=": ".join(filter(None, words)), **beneath)
+
+
+def say_ended(record):
+    """The message of an update for update-ended: with the names of the first that are bad."""
+    bad = record.beneath_bad or ()
+    names = ", ".join(one["slave"] for one in bad[:MAX_NAMES])
+    if names:
+        return "%s (%s)" % (record.message, names)
+    return record.message
 
 
 # -- guard: who may ask for what ---------------------------------------------
@@ -1223,36 +1367,152 @@ def find_hooks(settings):
 
 # -- updater ------------------------------------------------------------------
 
+class UpdateEnded:
+    """The hook update-ended, which tells somebody of each update that has ended."""
+
+    def __init__(self, settings, journal, is_stopping):
+        self.settings = settings
+        self.journal = journal
+        self.is_stopping = is_stopping
+        self.pool = ThreadPoolExecutor(1)  # nothing waits for it
+
+    def path(self, repo):
+        return os.path.join(own_setting(self.settings, "HOOKS_DIR", repo), "update-ended")
+
+    def add(self, record):
+        """Has it run for an update, unless it has been."""
+        if record.untold:
+            self.pool.submit(self.run, record)
+
+    def run(self, record):
+        """Runs it; what a stop ends, or keeps from beginning, is for the next start."""
+        if self.is_stopping():
+            return
+        name = record.repo + ": update-ended"
+        command = [self.path(record.repo), record.repo, outcome(record),
+                   record.previous or "-", record.commit or "-",
+                   say_ended(record).encode("utf-8")]
+        try:
+            run = Run(name, command, os.environ)
+            if run.finish(UPDATE_ENDED_TIMEOUT_S, self.is_stopping) == "stop":
+                return
+            if run.status != 0:
+                log("%s: failed with exit status %s", name, run.status)
+        except OSError as error:
+            log("%s: can't run %s", name, error)
+        self.journal.commit(record.repo, Records.tell, record.update, is_forced=True)
+
+
+def make_relay_id(path):
+    """The id of a relay in its file, which is made once."""
+    if not is_absent(path):
+        text = read_file(path).decode("ascii", "replace")
+        if VIA_RE.fullmatch(text):
+            return text
+    text = os.urandom(8).hex()
+    write_synced(path, text.encode("ascii"))
+    return text
+
+
+def end_marked(pattern):
+    """Kills all processes whose environment has what matches a pattern of bytes."""
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        # Others' can't be looked at, or have ended meanwhile.
+        with contextlib.suppress(OSError):
+            if re.search(pattern, read_file("/proc/%s/environ" % name)):
+                os.kill(int(name), signal.SIGKILL)
+
+
+class Relay:
+    """The slaves beneath: server-update puts live there what has gone live here."""
+
+    def __init__(self, settings, folder, is_stopping):
+        """OSError or ValueError where the list or the options are no good."""
+        self.settings = settings
+        self.slavelist = settings["SLAVELIST"]
+        self.is_stopping = is_stopping
+        self.id = make_relay_id(os.path.join(folder, "relay-id"))
+        # What a slave.py that was killed has begun would go on beside what comes now.
+        end_marked(b"SERVER_UPDATE_VIA=[0-9a-f,]*%s\0" % self.id.encode("ascii"))
+        log("%d slaves beneath, of %s", self.count(), self.slavelist)
+
+    def command(self, kind, repo, *pins):
+        command = [find_command("server-update"), kind, "--list", self.slavelist, *pins]
+        if self.settings["SECRET_FILE"]:
+            command.extend(["--secret-file", self.settings["SECRET_FILE"]])
+        return [*command, *(self.settings["RELAY_OPTIONS"] or []), repo]
+
+    def count(self):
+        """How many slaves are in the list; ValueError says why that can't be known."""
+        command = self.command("--dry-run", "any")
+        done = subprocess.run(command, capture_output=True, timeout=LIST_TIMEOUT_S)
+        if done.returncode:
+            words = done.stderr.decode("utf-8", "replace").strip().rpartition("server-update: ")
+            raise ValueError("SLAVELIST or RELAY_OPTIONS: " + words[2])
+        return done.stdout.count(b"\n")
+
+    def not_started(self, why, listed=None):
+        """The changes to a record where nothing was begun beneath."""
+        try:
+            listed = listed or self.count()
+        except (OSError, ValueError, subprocess.SubprocessError):
+            listed = 1
+        bad = {"slave": self.slavelist, "outcome": "not started", "message": why}
+        return {"beneath": {"not started": listed}, "beneath_bad": [bad]}
+
+    def environ(self, record):
+        """Who asked, why, and by way of whom, for server-update to pass on."""
+        via = ",".join(filter(None, (record.via, self.id)))
+        environ = dict(os.environ)
+        for key, text in (("BY", record.by), ("NOTE", record.note), ("VIA", via)):
+            environ["SERVER_UPDATE_" + key] = (text or "").encode("utf-8")
+        return environ
+
+    def update(self, record, commit):
+        """Brings all to a commit: changes to a record, or None where it was stopped."""
+        pins = ["--commit", commit]
+        if record.ref:
+            pins = ["--ref", record.ref.encode("utf-8"), *pins]
+        beneath = Beneath()
+        try:
+            command = self.command("--json", record.repo, *pins)
+            run = Run(record.repo + ": beneath", command, self.environ(record),
+                      Lines(MAX_JSON_BYTES, beneath.take).add)
+        except OSError as error:
+            return self.not_started("can't run %s" % error)
+        run.finish(NEVER_S, self.is_stopping)
+        # It may have been ended together with this slave.
+        if self.is_stopping():
+            return None
+        if beneath.counts is None:
+            words = last_words(run.said) if run.status == 2 else ""
+            words = words or "server-update ended with exit status %d" % run.status
+            return self.not_started(words, beneath.listed)
+        return {"beneath": beneath.counts, "beneath_bad": beneath.bad}
+
+
 class Queue:
     """Who waits for an update and who has one: one of a repository at a time, so many in all."""
 
     def __init__(self):
-        self.lock = threading.RLock()
+        # Each change of these is one step, so that only take(), which makes two, needs a lock.
         self.waiting = {}  # {repo: True}, who has waited longest first
-        self.running = set()
-
-    def add(self, repo):
-        with self.lock:
-            self.waiting[repo] = True
+        self.running = {}  # {repo: whether it takes a place}
+        self.lock = threading.Lock()
 
     def ready(self):
         """Those that can start now."""
-        with self.lock:
-            places = MAX_RUNNING - len(self.running)
-            return [repo for repo in self.waiting if repo not in self.running][:places]
+        places = MAX_RUNNING - list(self.running.values()).count(True)
+        return [repo for repo in list(self.waiting) if repo not in self.running][:places]
 
     def take(self):
         """Who starts now, or None."""
         with self.lock:
             for repo in self.ready():
                 del self.waiting[repo]
-                self.running.add(repo)
+                self.running[repo] = True
                 return repo
         return None
-
-    def end(self, repo):
-        with self.lock:
-            self.running.discard(repo)
 
 
 def failed(message):
@@ -1271,6 +1531,10 @@ class Updater:
         self.journal = Journal(os.path.join(settings["REPOS_DIR"], ".server-update"))
         self.told_to_stop = False  # set by a signal's handler, which may take no lock
         self.queue = Queue()
+        self.update_ended = UpdateEnded(settings, self.journal, self.is_stopping)
+        self.relay = None
+        if settings["SLAVELIST"]:
+            self.relay = Relay(settings, self.journal.folder, self.is_stopping)
         for repo in sorted(self.journal.records):
             self.take_up(repo)
 
@@ -1290,11 +1554,12 @@ class Updater:
         if not records or records.running:
             records = self.record(repo, Records.resume)
         if records.running:
-            self.end_update(repo, failed("interrupted three times by the slave's own end; "
-                                         "signal again for another try"))
+            self.end_update(repo, records.running.update, failed(INTERRUPTED))
+        for record in records.ended:
+            self.update_ended.add(record)
         if records.queued:
             log("%s: update %d is taken up again", repo, records.queued.update)
-            self.queue.add(repo)
+            self.queue.waiting[repo] = True
 
     def record(self, repo, method, *args):
         """Changes the records of a repository, in memory even where they can't be written."""
@@ -1308,6 +1573,8 @@ class Updater:
         if repo not in waiting and len(waiting) >= MAX_QUEUED:
             raise Refusal(503, "too many updates are queued", RETRY_LATER)
         self.check_hook(repo)
+        if self.relay and self.relay.id in (asked.get("via") or ""):
+            raise Refusal(409, "a circle of relays: this one is beneath itself")
         try:
             records = self.journal.commit(repo, Records.accept, repo, ref, time.time(), asked)
         except OSError as error:
@@ -1315,7 +1582,7 @@ class Updater:
         record = records.queued
         why = ", ".join(filter(None, (peer, record.by, record.note)))
         log("%s: update %d was asked for by %s", repo, record.update, why)
-        self.queue.add(repo)
+        self.queue.waiting[repo] = True
         self.start_queued()
         return record
 
@@ -1340,14 +1607,13 @@ class Updater:
             if queued:
                 self.update(repo)
         except Refusal as refusal:
-            self.end_update(repo, failed(refusal.args[1]))
+            self.end_update(repo, queued.update, failed(refusal.args[1]))
         except Exception as error:
             # Whatever it is, who waits must hear of an end.
             message = "the update can't go on: %r" % error
-            log("%s: %s", repo, message)
-            self.record(repo, Records.give_up, queued.update, failed(message), time.time())
+            self.end_update(repo, queued.update, failed(message))
         finally:
-            self.queue.end(repo)
+            del self.queue.running[repo]
             self.start_queued()
 
     def update(self, repo):
@@ -1358,11 +1624,24 @@ class Updater:
         # It may have vanished while this update was queued.
         self.check_hook(repo)
         changes = self.activate(record)
+        if changes and changes["state"] == "live" and self.relay:
+            changes = self.update_beneath(record, changes)
         if changes:
-            self.end_update(repo, changes)
+            self.end_update(repo, record.update, changes)
         else:
             self.record(repo, Records.stop)
             log("%s: update %d stopped, to be taken up again", repo, record.update)
+
+    def update_beneath(self, record, changes):
+        """How it ended here and beneath, as changes to the record; None: it was stopped."""
+        if changes["hook"] is not None or not changes["commit"]:
+            beneath = self.relay.not_started(changes["message"] or "no commit is live here")
+        else:
+            # All that is left is done elsewhere: another may start here.
+            self.queue.running[record.repo] = False
+            self.start_queued()
+            beneath = self.relay.update(record, changes["commit"])
+        return beneath and add_beneath(changes, beneath)
 
     def environ(self, repo):
         """What slave-activate finds in its environment."""
@@ -1384,23 +1663,23 @@ class Updater:
         except OSError as error:
             return failed("can't run %s" % error)
         timeout_s = self.setting("TIMEOUT", record.repo)
-        try:
-            why = run.wait(timeout_s + BACKSTOP_S, self.is_stopping)
-            run.end_rest()
-        finally:
-            run.close()
+        why = run.finish(timeout_s + BACKSTOP_S, self.is_stopping)
         if why == "stop" and run.status != 0:
             return None
         late_after_s = timeout_s if why == "timeout" else None
         return judge(record.repo, run.status, run.stdout, run.said, late_after_s)
 
-    def end_update(self, repo, changes):
-        """Records how the running update has ended, and logs it."""
+    def end_update(self, repo, update, changes):
+        """Records how an update has ended, unless it had before, and tells of it."""
         if changes["state"] == "failed":
             changes["commit"] = read_live_commit(self.tree(repo))
-        done = self.record(repo, Records.finish, changes, time.time()).ended[-1]
+            if self.relay:
+                changes.update(self.relay.not_started(changes["message"]))
+        changes["untold"] = os.path.lexists(self.update_ended.path(repo))
+        done = self.record(repo, Records.finish, update, changes, time.time()).find(update)
+        self.update_ended.add(done)
         message = done.message and ": " + done.message
-        log("%s: update %d %s after %.1f s, live is %s%s", repo, done.update, done.state,
+        log("%s: update %d %s after %.1f s, live is %s%s", repo, update, outcome(done),
             done.finished - done.started, done.commit or "nothing", message)
         if done.state == "failed":
             self.forget_oldest()
@@ -1442,8 +1721,11 @@ class Updater:
         """Whether it was told to stop, and no update runs any more."""
         return self.told_to_stop and not self.queue.running
 
+    def records(self, repo):
+        return self.journal.records.get(repo, Records())
+
     def find(self, repo, update):
-        records = self.journal.records.get(repo, Records())
+        records = self.records(repo)
         return records.newest() if update is None else records.find(update)
 
     def wait_for_end(self, repo, update, wait_s, check_peer):
@@ -1455,11 +1737,11 @@ class Updater:
             record = self.find(repo, update)
             return not record or record.finished or self.told_to_stop
         deadline = time.monotonic() + wait_s
-        left_s = wait_s
         with self.journal.changed:
-            while left_s > 0 and not self.journal.changed.wait_for(has_ended, min(left_s, PEER_S)):
+            while wait_s > 0 and not has_ended():
+                self.journal.changed.wait(min(wait_s, PEER_S))
                 check_peer()
-                left_s = deadline - time.monotonic()
+                wait_s = deadline - time.monotonic()
 
     def status(self, repo, update=None):
         """What /status tells of an update, or of the newest one; None where there is none."""
@@ -1469,13 +1751,12 @@ class Updater:
             return None
         if record == self.find(repo, None):
             # Somebody may have put another commit live by hand, or removed the tree.
-            record = record._replace(commit=read_live_commit(self.tree(repo)))
+            record = found_live(record, read_live_commit(self.tree(repo)))
         return told(record)
 
     def history(self, repo):
         """What /status tells of all updates of a repository that are remembered, newest first."""
-        records = self.journal.records.get(repo, Records())
-        return [told(record) for record in reversed(records.all())]
+        return [told(record) for record in reversed(self.records(repo).all())]
 
 
 # -- served file ------------------------------------------------------------------
@@ -1852,6 +2133,9 @@ class Handler(Connection):
         # A copy, as the journal goes on meanwhile.
         told = [updater.status(name) for name in sorted(updater.journal.records.copy())]
         repos = {record["repo"]: record for record in told if record}
+        # Who is bad beneath is told of one repository at a time.
+        for record in repos.values():
+            record["beneath_bad"] = None
         # Strangers may have asked for a thousand names, each with a long note.
         if len(json.dumps(repos)) > MAX_STATUS_BYTES:
             for record in repos.values():
@@ -2058,16 +2342,6 @@ def any_address():
 
 # -- main --------------------------------------------------------------------------
 
-def find_slave_activate():
-    """Its path: on PATH, beside this script, or in /bin."""
-    beside = os.path.dirname(os.path.abspath(__file__))
-    folders = [os.environ.get("PATH", os.defpath), beside, "/bin"]
-    command = shutil.which("slave-activate", path=os.pathsep.join(folders))
-    if not command:
-        raise OSError("no slave-activate on PATH, beside slave.py or in /bin")
-    return command
-
-
 def stop_on_signals(updater):
     def stop(*_):
         # One signal may come in the midst of another: a lock would be waited for for ever.
@@ -2085,7 +2359,7 @@ def serve(options):
     served_file = None
     if options["FILE"]:
         served_file = ServedFile(options["FILE"], settings["REPOS_DIR"])
-    command = find_slave_activate()
+    command = find_command("slave-activate")
     # glibc keeps 40 MB of stacks that were used: better a few large ones.
     threading.stack_size(2 << 20)
     end_a_thread()

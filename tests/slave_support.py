@@ -38,7 +38,9 @@ class Slave:
     """The real slave.py beside the real slave-activate, with a process and a home of its own."""
 
     def __init__(self, folder, settings, args=(), env=None, sources=SOURCES):
-        self.bin = copy_scripts(sources, folder / "bin", "slave.py", "slave-activate")
+        self.bin = copy_scripts(
+            sources, folder / "bin", "slave.py", "slave-activate", "server-update"
+        )
         self.command = [PYTHON, "-I", str(self.bin / "slave.py")]
         self.args, self.env = list(map(str, args)), dict(env or {})
         self.home, self.hooks = folder / "home", folder / "hooks"

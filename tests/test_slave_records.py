@@ -33,7 +33,7 @@ def test_accept_start_finish():
     assert (records.running.state, records.running.tries) == ("running", 1)
     assert records.running.commit == records.running.previous == ONE
     changes = {"state": "live", "message": "", "commit": TWO, "previous": ONE}
-    records = slave.Records.finish(records, changes, 1002.0)
+    records = slave.Records.finish(records, 1000000, changes, 1002.0)
     assert slave.Records.newest(records) == slave.Record(
         "hanuman", 1000000, "v1", "live", 1000.0, 1001.0, 1002.0, TWO, ONE, first=1000000, tries=1
     )
@@ -64,7 +64,7 @@ def test_only_so_many_ended_updates_are_remembered():
     records = slave.Records()
     for number in range(25):
         records = slave.Records.start(accepted(records, now=number + 1.0), None, number + 1.5)
-        records = slave.Records.finish(records, LIVE_CHANGES, number + 1.7)
+        records = records.finish(records.running.update, LIVE_CHANGES, number + 1.7)
     assert len(slave.Records.all(records)) == slave.MAX_ENDED
     assert slave.Records.newest(records).update == 25000
     assert slave.Records.find(records, 16000).update == 16000
@@ -96,7 +96,7 @@ def test_a_newer_queued_update_takes_the_place_of_an_interrupted_one():
 
 def test_records_survive_the_file():
     records = slave.Records.start(accepted(), ONE, 1001.0)
-    records = slave.Records.finish(records, {"state": "failed", "message": "é"}, 1002.0)
+    records = slave.Records.finish(records, 1000000, {"state": "failed", "message": "é"}, 1002.0)
     records = accepted(
         slave.Records.start(accepted(records, "v1", 1003.0), ONE, 1004.0), None, 1005.0
     )
@@ -107,7 +107,7 @@ def test_records_survive_the_file():
 
 def test_a_hand_made_file_with_the_ten_fields_alone_is_read():
     records = slave.Records.start(accepted(), ONE, 1001.0)
-    records = slave.Records.finish(records, LIVE_CHANGES, 1002.0)
+    records = slave.Records.finish(records, 1000000, LIVE_CHANGES, 1002.0)
     fields = dict(zip(slave.Record._fields[:10], slave.Records.newest(records)))
     newest = slave.decode_records("hanuman", json.dumps(fields).encode()).newest()
     assert (newest.state, newest.tries) == ("live", 0)
@@ -146,7 +146,7 @@ def test_no_record_with_a_wrong_value(change):
     fields = json.loads(
         slave.Records.encode(
             slave.Records.finish(
-                slave.Records.start(accepted(), ONE, 1001.0), LIVE_CHANGES, 1002.0
+                slave.Records.start(accepted(), ONE, 1001.0), 1000000, LIVE_CHANGES, 1002.0
             )
         ).decode()
     )
@@ -390,6 +390,8 @@ def test_defaults(tmp_path, monkeypatch):
         "SECRET_FILE": None,
         "ALLOW_FROM": None,
         "ALLOW_REPOS": None,
+        "SLAVELIST": None,
+        "RELAY_OPTIONS": None,
         "TLS_CERT": None,
         "TLS_KEY": None,
     }
