@@ -116,6 +116,7 @@ ORIGIN_RE = re.compile("^https?://[^/?]*", re.I)  # of a target as proxies send 
 SIGNATURE_RE = re.compile(r"t=([0-9]{1,12}),n=([0-9a-f]{32}),s=([0-9a-f]{64})")
 MAX_CLOCK_DIFFERENCE_S = 300
 MAX_NONCES = 65536  # of a key
+FLOOR_STEP_S = 5  # by which the newest signal's time is rounded up, to be written less often
 
 # shared with server-update: keep identical
 NAME_RE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
@@ -216,6 +217,8 @@ def read_secrets(path):
 
 class Refusal(Exception):
     """A request that gets an error for its answer: HTTP status, text, further headers."""
+
+    more = {}  # further fields of the answer
 
 
 def escape_char(char):
@@ -763,6 +766,7 @@ class Journal:
         self.unsaved = set()  # those whose record is not on disk as it is in memory
         self.changes = SimpleQueue()
         self.changed = threading.Condition()  # told after each change
+        self.floor = Floor(os.path.join(folder, "signed"))
         self.fds = []  # that hold the locks; the last one is the state folder
         self.take()
         # A disk that is full or read-only is told now, not at the first signal.
@@ -853,6 +857,7 @@ class Journal:
                 log("%s is gone, and is made anew", self.folder)
                 self.take()
                 self.unsaved.update(self.records)
+            self.floor.save()
             # With those that could not be written before, as they may be written now.
             for repo in self.unsaved:
                 self.save(repo, after.get(repo) or self.recall(repo))
@@ -904,6 +909,56 @@ class Journal:
 
     def sync(self):
         os.fsync(self.fds[-1])
+
+
+class Floor:
+    """The newest time of any signed signal that was taken: after a start none is from before that.
+
+    So no signal is taken twice, although its nonce is forgotten by then. That its file is there
+    also tells that this slave has had a secret."""
+
+    def __init__(self, path):
+        """OSError where the file can't be looked at."""
+        self.path = path
+        self.lock = threading.Lock()
+        self.at_start = self.read()
+        self.newest = self.at_start
+        self.saved = self.at_start  # what is in the file
+
+    def read(self):
+        """What is in the file; 0 where there is none."""
+        if is_absent(self.path):
+            return 0
+        try:
+            return int(read_file(self.path))
+        except ValueError:  # it is broken: nothing is taken that may have been signed by now
+            return int(time.time()) + MAX_CLOCK_DIFFERENCE_S
+
+    def take(self, when):
+        """Takes a signal that was signed at `when`, None for one that was not, or a Refusal."""
+        if when is None:
+            return
+        if when <= self.at_start:
+            raise refusal_of_old(when, self.at_start)
+        with self.lock:
+            self.newest = max(self.newest, when)
+
+    def save(self):
+        """Writes the file, where it is gone or behind; its folder is to be synced."""
+        if self.newest > self.saved or self.newest and is_absent(self.path):
+            saved = self.newest + FLOOR_STEP_S
+            write_synced(self.path + ".tmp", b"%d\n" % saved)
+            os.rename(self.path + ".tmp", self.path)
+            self.saved = saved
+
+
+def refusal_of_old(when, floor):
+    """The Refusal of what was signed at `when`, as all up to `floor` may be a replay."""
+    wait_s = floor + 1 - when
+    text = "signed too long ago to be told from a replay; sign again in %d s" % wait_s
+    refusal = Refusal(503, text, ("Retry-After", str(wait_s)))
+    refusal.more = {"floor": floor}
+    return refusal
 
 
 # -- run: what is live, and a program that changes it -------------------------
@@ -1254,19 +1309,23 @@ class Nonces:
     def __init__(self):
         self.lock = threading.Lock()
         self.times = {}  # {nonce: when it was signed}
+        self.floor = 0  # those that were signed at that time or before are forgotten
 
-    def take(self, nonce, when, now):
-        """Refusal where it was taken before; it is kept for as long as its time is near enough."""
+    def take(self, nonce, when):
+        """Refusal where it was taken before, or may have been."""
         with self.lock:
             if len(self.times) >= MAX_NONCES:
-                oldest = now - MAX_CLOCK_DIFFERENCE_S
-                near = [(key, at) for key, at in self.times.items() if at >= oldest]
-                self.times = dict(near)
-            if len(self.times) >= MAX_NONCES:
-                raise Refusal(503, "too many signed requests", RETRY_LATER)
+                self.forget_older_half()
+            if when <= self.floor:
+                raise refusal_of_old(when, self.floor)
             if nonce in self.times:
                 raise Refusal(401, "signature missing or wrong")
             self.times[nonce] = when
+
+    def forget_older_half(self):
+        self.floor = sorted(self.times.values())[MAX_NONCES // 2]
+        newer = [(nonce, when) for nonce, when in self.times.items() if when > self.floor]
+        self.times = dict(newer)
 
 
 class Guard:
@@ -1299,9 +1358,11 @@ class Guard:
         return True
 
     def check_signature(self, values, method, target, now):
-        """Only who knows the secret is told what is wrong with `values`, those of its header."""
+        """When it was signed; None where none is needed. `values` are those of its header.
+
+        Only who knows the secret is told what is wrong with them."""
         if not self.needs_signature():
-            return
+            return None
         # Two signatures are as good as none: which of them would be meant?
         match = SIGNATURE_RE.fullmatch(values[0]) if len(values) == 1 else None
         if not match:
@@ -1313,7 +1374,8 @@ class Guard:
         if difference > MAX_CLOCK_DIFFERENCE_S:
             raise Refusal(401, "the clocks are %d s apart" % difference)
         nonces = self.nonces.setdefault(secret, Nonces())
-        nonces.take(bytes.fromhex(nonce), int(when), now)
+        nonces.take(bytes.fromhex(nonce), int(when))
+        return int(when)
 
     def find_secret(self, mac, *signed):
         """The secret that signs like this, compared in constant time."""
@@ -1334,6 +1396,18 @@ class Guard:
         globs = self.settings["ALLOW_REPOS"] or ["*"]
         if not any(fnmatch.fnmatchcase(repo, glob) for glob in globs):
             raise Refusal(403, "not an allowed repository")
+
+
+def check_secret(guard, journal):
+    """Marks that this slave has a secret; ValueError where it has none now, but had one once."""
+    floor = journal.floor
+    if guard.secrets:
+        floor.newest = max(floor.newest, 1)
+        floor.save()
+        journal.sync()
+    elif floor.at_start:
+        raise ValueError("there was a secret here, and there is none in '%s'; bring it back or, "
+                         "to serve without one, remove %s" % (guard.path, floor.path))
 
 
 class Hook:
@@ -1987,14 +2061,14 @@ class Connection(http.server.SimpleHTTPRequestHandler):
         try:
             super().handle_one_request()
         except Refusal as refusal:
-            self.refuse(*refusal.args)
+            self.refuse(*refusal.args, **refusal.more)
 
-    def refuse(self, status, text, *headers):
+    def refuse(self, status, text, *headers, **more):
         if self.stage == self.READING:  # what comes next is no request
             self.close_connection = True
         self.server.throttle.log("refused with %d from %s: %s: %s", status,
                                  self.client_address[0], text, self.requestline[:200])
-        self.send(status, {"error": text}, *headers)
+        self.send(status, dict(more, error=text), *headers)
         self.wfile.flush()
 
     def parse_request(self):
@@ -2075,7 +2149,8 @@ class Handler(Connection):
     def check_signature(self):
         signatures = self.headers.get_all("X-Server-Update-Signature", [])
         now = int(time.time())
-        self.server.guard.check_signature(signatures, self.command, self.target(), now)
+        guard = self.server.guard
+        self.signed_at = guard.check_signature(signatures, self.command, self.target(), now)
 
     def answer(self, path, parameters):
         """Answers what only who may ask gets an answer to."""
@@ -2103,6 +2178,7 @@ class Handler(Connection):
             raise Refusal(400, "no 'repo'")
         self.check_no_page()
         asked = {"pin": commit and commit.lower(), "by": by, "note": note, "via": via}
+        self.server.updater.journal.floor.take(self.signed_at)
         record = self.server.updater.take_signal(repo, ref, asked, self.client_address[0])
         told = {key: getattr(record, key) for key in ("repo", "update", "state", "ref")}
         location = "/status?repo=%s&update=%d" % (repo, record.update)
@@ -2365,6 +2441,7 @@ def serve(options):
     end_a_thread()
     # What was queued starts once it listens.
     updater = Updater(settings, command)
+    check_secret(guard, updater.journal)
     server = Server(updater, guard, served_file)
     log("slave.py %s, settings and keys in %s", VERSION, folder)
     if not guard.secrets:

@@ -1,5 +1,7 @@
 """Who may ask slave.py for what: signatures, addresses, names, TLS."""
 
+import hashlib
+import hmac
 import http.client
 import json
 import os
@@ -197,6 +199,174 @@ def test_a_secret_that_becomes_a_fifo_holds_up_nobody(signed_slave, tmp_path):
     secret.unlink()
     make_secret(secret, SECRET)
     assert ask(signed_slave)[0] == 202
+
+
+# -- replays across a restart
+
+
+def signal_at(slave, when, **how):
+    """(status, headers, JSON) of a signal that was signed at `when`."""
+    status, headers, body = ask(slave, when=when, **how)
+    return status, headers, json.loads(body.decode())
+
+
+def test_a_replay_after_a_restart(signed_slave):
+    when = int(time.time())
+    headers = signature("/?repo=hanuman", when=when)
+    assert signed_slave.get("/?repo=hanuman", headers=headers)[0] == 202
+    signed_slave.kill()
+    signed_slave.start()
+    status, got, body = signed_slave.get("/?repo=hanuman", headers=headers)
+    floor = json.loads(body.decode())["floor"]
+    assert (status, when <= floor <= when + 5) == (503, True)
+    wait_s = floor + 1 - when
+    assert got["Retry-After"] == str(wait_s)
+    assert json.loads(body.decode())["error"] == (
+        "signed too long ago to be told from a replay; sign again in %d s" % wait_s
+    )
+    status, _, body = ask(signed_slave, "/status?repo=hanuman", when=when)
+    assert status == 200, "a poll is no signal: %r" % body
+    assert signal_at(signed_slave, floor)[0] == 503
+    wait_until(lambda: time.time() > floor + 1, 15, what="a fresh time")
+    assert ask(signed_slave)[0] == 202, "whoever signs again gets through"
+    assert signed_slave.get("/?repo=hanuman", headers=headers)[0] == 401, "its nonce is known now"
+
+
+def test_two_masters_whose_clocks_differ_are_both_taken(signed_slave):
+    now = int(time.time())
+    for when in (now, now - 60, now + 60, now - 59):
+        assert signal_at(signed_slave, when)[0] == 202, "while it runs the clocks may differ"
+    signed_slave.stop()
+    signed_slave.start()
+    told = {}
+    for behind in (0, 60):
+        status, headers, body = signal_at(signed_slave, int(time.time()) - behind)
+        assert status == 503
+        told[behind] = int(headers["Retry-After"])
+        assert now + 60 <= body["floor"] <= now + 65
+    assert 59 <= told[60] - told[0] <= 61, "each is told how long it takes by its own clock"
+    assert signal_at(signed_slave, now + 66)[0] == 202
+
+
+def test_the_floor_is_on_disk_before_the_answer_and_written_seldom(signed_slave):
+    now = int(time.time())
+    kept = signed_slave.state / "signed"
+    assert int(kept.read_text()) < now, "made at the start, as there is a secret"
+    writes = set()
+    for when in (now, now - 3, now + 1, now + 2, now + 5, now + 6, now + 7):
+        assert signal_at(signed_slave, when)[0] == 202
+        assert int(kept.read_text()) >= when
+        writes.add(kept.stat().st_ino)
+    assert len(writes) <= 3
+
+
+def test_a_floor_that_is_broken_or_gone(signed_slave):
+    kept = signed_slave.state / "signed"
+    now = int(time.time())
+    assert signal_at(signed_slave, now)[0] == 202
+    kept.unlink()
+    assert signal_at(signed_slave, now)[0] == 202
+    assert int(kept.read_text()) >= now, "it is there again before the answer"
+    signed_slave.stop()
+    kept.write_bytes(b"\0\0")
+    signed_slave.start()
+    assert signal_at(signed_slave, int(time.time()) + 290)[0] == 503, "all that may be a replay"
+    signed_slave.state.rename(signed_slave.repos / ".moved")
+    assert signal_at(signed_slave, int(time.time()))[0] == 503, "what it knows it still knows"
+
+
+def test_a_floor_that_cannot_be_written_is_an_honest_503(signed_slave):
+    now = int(time.time())
+    (signed_slave.state / "signed.tmp").mkdir()
+    status, _, body = signal_at(signed_slave, now)
+    assert (status, body) == (503, {"error": "can't record the update: Is a directory"})
+    assert not list(signed_slave.state.glob("*.json"))
+    (signed_slave.state / "signed.tmp").rmdir()
+    assert signal_at(signed_slave, now)[0] == 202
+
+
+# -- a secret that was there once
+
+
+def test_a_slave_that_has_had_a_secret_does_not_start_without_one(signed_slave, tmp_path):
+    secret = tmp_path / "secret"
+    signed_slave.stop()
+    del signed_slave.settings["SECRET_FILE"]
+    signed_slave.etc = tmp_path / "etc"
+    signed_slave.etc.mkdir()
+    script = signed_slave.bin / "slave.py"
+    text = script.read_text(encoding="utf-8")
+    script.write_text(text.replace('"/etc/server-update', '"%s' % signed_slave.etc))
+    mark = signed_slave.state / "signed"
+    status, stderr = start_by_hand(signed_slave, "--port", 0, "--bind", "127.0.0.1",
+                                   "--repos-dir", signed_slave.repos)
+    assert (status, stderr) == (
+        2, "slave.py: there was a secret here, and there is none in '%s'; bring it back or, to "
+        "serve without one, remove %s\n" % (signed_slave.etc / "secret", mark))
+    secret.rename(signed_slave.etc / "secret")
+    signed_slave.start()
+    assert signed_slave.get("/?repo=hanuman")[0] == 401
+    assert signed_slave.stop() == 0
+    (signed_slave.etc / "secret").unlink()
+    mark.unlink()
+    signed_slave.start()
+    assert signed_slave.get("/?repo=hanuman")[0] == 202
+    # One that comes while it runs is marked with the first signal that it signs.
+    make_secret(signed_slave.etc / "secret", SECRET)
+    assert ask(signed_slave)[0] == 202
+    signed_slave.stop()
+    (signed_slave.etc / "secret").unlink()
+    assert start_by_hand(signed_slave, "--port", 0, "--repos-dir", signed_slave.repos)[0] == 2
+
+
+# -- a key for each slave
+
+
+def derived_key(origin, master_key="a master key that only the master has"):
+    """The key of a slave, made without any of the product's code."""
+    text = "server-update-slave-1\n" + origin
+    return hmac.new(master_key.encode(), text.encode(), hashlib.sha256).hexdigest()
+
+
+def test_a_slaves_key_does_nothing_at_another_slave(start_slave, tmp_path):
+    """Nor does what was signed for one, sent to another as it was overheard."""
+    keys, slaves = [], []
+    for name in ("web1", "web2"):
+        key = derived_key("http://%s:9999" % name)
+        slave = start_slave(SECRET_FILE=make_secret(tmp_path / name, key))
+        stand_in(slave)
+        keys.append(key)
+        slaves.append(slave)
+    heard = signature("/?repo=hanuman", secret=keys[0])
+    assert slaves[0].get("/?repo=hanuman", headers=heard)[0] == 202
+    assert slaves[1].json("/?repo=hanuman", status=401, headers=heard) == DIFFERENT
+    for target in ("/?repo=hanuman", "/status", "/status?repo=hanuman", "/get/?repo=hanuman"):
+        status, _, body = ask(slaves[1], target, secret=keys[0])
+        assert (status, json.loads(body.decode())) == (401, DIFFERENT)
+    assert runs(slaves[1]) == []
+    assert ask(slaves[1], secret=keys[1])[0] == 202
+
+
+FEW = 50  # nonces of a key, in this copy
+
+
+def test_a_flood_of_one_key_takes_nothing_from_another(start_slave, tmp_path):
+    secret = make_secret(tmp_path / "secret", SECRET, OTHER)
+    slave = start_slave(SECRET_FILE=secret, constants={"MAX_NONCES": FEW})
+    stand_in(slave)
+    early = signature("/?repo=hanuman", secret=OTHER)
+    assert slave.get("/?repo=hanuman", headers=early)[0] == 202
+    began = int(time.time())
+    flood = [signature("/status", when=began + number // 10) for number in range(3 * FEW)]
+    taken = [slave.get("/status", headers=headers)[0] for headers in flood]
+    assert taken.count(200) > 2 * FEW, "a flood goes on, too, as its times do"
+    assert slave.json("/?repo=hanuman", status=401, headers=early) == DIFFERENT
+    assert ask(slave, secret=OTHER)[0] == 202
+    # What may be a replay of what was forgotten is refused, and told when to sign again.
+    status, headers, body = slave.get("/status", headers=flood[0])
+    assert (status, json.loads(body.decode())["floor"] >= began) == (503, True)
+    assert int(headers["Retry-After"]) >= 1
+    assert all(slave.get("/status", headers=one)[0] in (401, 503) for one in flood)
 
 
 @pytest.mark.parametrize(
