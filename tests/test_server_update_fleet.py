@@ -20,8 +20,10 @@ from farm import (
     silent_port,
     told,
     updates,
+    updates_when,
 )
 from processes import wait_until
+from update_support import run_in_process
 
 FLEET_TIMEOUT_S = 10
 BIG_BODY_BYTES = 10 * 1024 * 1024
@@ -234,3 +236,17 @@ def test_many_slaves_are_asked_in_turn(farm, update):
     assert sum(farm.signals.values()) == 40
     waits = ["wait=" in request.path for request in farm.requests if "/status" in request.path]
     assert not waits[0] and waits.count(True) <= 8
+
+
+def test_polls_that_are_always_due_keep_no_signal_back(server_update, monkeypatch, farm, capsys):
+    """No update ends before the last slave was signalled; polls would take all the room."""
+    entries = []
+    is_signalled = updates_when(lambda: len(farm.signals) == len(entries))
+    entries += [farm.add(is_signalled) for _ in range(100)]
+    monkeypatch.setattr(server_update, "POLL_PAUSE_S", 0)
+    monkeypatch.setattr(server_update, "MAX_POLLS_PER_S", 1e9)
+    monkeypatch.setattr(server_update, "MIN_POLLS_PER_S", 1e9)
+    options = ["--parallel=8", "--json", "--timeout=60"]
+    assert run_in_process(server_update, monkeypatch, entries, *options) == 0
+    assert capsys.readouterr().out.count('"outcome": "live"') == len(entries)
+    assert sum(farm.signals.values()) == len(entries)
