@@ -51,7 +51,8 @@ dry_run=''
 # What find_places and find_user find out:
 #   here         the folder of this script and of those that it installs
 #   bin, share   where programs and man pages go, below DESTDIR
-#   etc          the folder of the settings; conf, list, secret and master_key are files in it
+#   config       the folder of the settings, as the scripts name it
+#   etc          the same below DESTDIR; conf, list, secret and master_key are files in it
 #   link         /bin/slave-activate
 #   path         the PATH of the service
 #   is_private   set where somebody who is not root installs for himself
@@ -228,23 +229,22 @@ find_places() {
   find_manager
 }
 
-# Who is not root has settings of his own, which commands have to be told of.
+# Who is not root has settings of his own, which the scripts find from where they are themselves.
 find_settings() {
-  etc=$DESTDIR/etc/server-update
+  config=/etc/server-update
   if [ -n "$is_private" ]; then
-    etc=$prefix/etc/server-update
+    config=$prefix$config
   fi
+  etc=$DESTDIR$config
   conf=$etc/slave.conf
   list=$etc/slavelist.txt
   secret=$etc/secret
   master_key=$etc/master-key
   with_list=''
   with_key=''
-  with_conf=''
   if [ -n "$is_private" ]; then
     with_list=" --list '$list'"
     with_key=" --master-key-file '$master_key'"
-    with_conf="SERVER_UPDATE_CONF='$conf' "
   fi
 }
 
@@ -412,7 +412,7 @@ ask_slave() {
   HOME=$home python3 -I -B -c '
 import os, sys
 
-here, conf, slavelist, *given = sys.argv[1:]
+here, conf, config, slavelist, *given = sys.argv[1:]
 sys.path.insert(0, here)
 import slave
 
@@ -425,7 +425,7 @@ written = dict({key: text for key, text in around.items() if text}, **asked, **w
 def read(environ, conf):
     settings = {"SERVER_UPDATE_" + key: text for key, text in environ.items()}
     try:
-        return slave.read_settings(dict(settings, SERVER_UPDATE_CONF=conf), {})
+        return slave.read_settings(dict(settings, SERVER_UPDATE_CONF=conf), {}, config)
     except ValueError as mistake:
         sys.exit("install.sh: %s" % str(mistake).split(" (set by")[0])
     except OSError as error:
@@ -447,9 +447,10 @@ print(now.get("SLAVELIST") or "", now["SECRET_FILE"] or "", now["BASE_URL"], sep
 print("# A line with # shows what holds without it. To change that, remove the # and restart.")
 for key, setting in slave.SETTINGS.items():
     mark = "" if key in written else "#"
-    value = written.get(key, setting.default)
+    default = os.path.join(config, "hooks") if key == "HOOKS_DIR" else setting.default
+    value = written.get(key, default)
     print("\n# %s\n%s%s=%s" % (setting.help, mark, key, value))
-' "$here" "$conf" "$slavelist" "$base_url" "$repos" "$port" || exit 2
+' "$here" "$conf" "$config" "$slavelist" "$base_url" "$repos" "$port" || exit 2
 }
 
 # --- changes: each is told, and each is left out of a dry run ---
@@ -673,11 +674,9 @@ END
 # What starts slave.py as its user, where no service manager does.
 find_start_command() {
   if [ "$user" = "$(id -un)" ]; then
-    start_command="$with_conf'$prefix/bin/slave.py'$served"
-    start_line="exec env $start_command"
+    start_command="'$prefix/bin/slave.py'$served"
   else
     start_command="su -s /bin/sh $user -c \"exec '$prefix/bin/slave.py'$served\""
-    start_line="exec $start_command"
   fi
 }
 
@@ -685,7 +684,7 @@ find_start_command() {
 print_start_script() {
   say '#!/bin/sh'
   say '# Made by install.sh of server-update, which replaces it.'
-  say "$start_line"
+  say "exec $start_command"
 }
 
 write_unit() {

@@ -12,8 +12,8 @@ SCRIPTS = ("install.sh", "server-update", "slave.py", "slave-activate", "slaveli
 class Installer:
     """A checkout, in a path with a blank, and runs of its install.sh."""
 
-    def __init__(self, folder):
-        self.folder = copy_scripts(SOURCES, folder / "a checkout", *SCRIPTS)
+    def __init__(self, folder, scripts=None):
+        self.folder = scripts or copy_scripts(SOURCES, folder / "a checkout", *SCRIPTS)
         self.stage = folder / "a stage"
 
     def run(self, *args, shell="sh", staged=True, before=(), env=None):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+import version_1
 from install_support import Installer, contents, files, folder_modes
 from processes import wait_until
 from product import PYTHON, SHELLS, SOURCES, need
@@ -17,6 +18,7 @@ from product import PYTHON, SHELLS, SOURCES, need
 KILL_POINTS = 9  # at how many of its commands an install is killed
 AT_ONCE = 6
 MAX_EXPOSURE = 4.0
+EXPOSURE_OF_CAP_KILL = 0.1  # by which a root slave may end what its hooks have become
 SERVICE = "server-update-slave"
 UNIT = "etc/systemd/system/%s.service" % SERVICE
 OPENRC = "etc/init.d/" + SERVICE
@@ -727,11 +729,23 @@ def test_the_unit_is_sound_and_well_closed(installer):
         )
         ours = [line for line in done.stdout.decode().splitlines() if SERVICE in line]
         assert (done.returncode, ours) == (0, [])
-        out = subprocess.check_output(
-            ["systemd-analyze", "security", "--offline=true", "--no-pager", str(unit)]
-        ).decode()
-        exposure = float(re.search(r"Overall exposure level for .*: ([\d.]+)", out).group(1))
-        assert exposure <= MAX_EXPOSURE, out
+        assert exposure(unit) <= MAX_EXPOSURE
+
+
+def exposure(unit):
+    """How open systemd finds a unit, from 0 (closed) to 10."""
+    command = ["systemd-analyze", "security", "--offline=true", "--no-pager", str(unit)]
+    out = subprocess.check_output(command).decode()
+    return float(re.search(r"Overall exposure level for .*: ([\d.]+)", out).group(1))
+
+
+@pytest.mark.parametrize("user", ["root", "nobody"])
+def test_the_unit_is_as_closed_as_that_of_version_1(installer, tmp_path, user):
+    need("systemd-analyze")
+    old = Installer(tmp_path / "old", version_1.unpack(tmp_path / "version 1"))
+    before = exposure(staged_unit(old, "--user", user))
+    now = exposure(staged_unit(installer, "--user", user))
+    assert round(now - before, 1) <= EXPOSURE_OF_CAP_KILL, (before, now)
 
 
 def test_the_unit_says_why_beside_each_line_that_is_open(installer):

@@ -7,6 +7,7 @@ import time
 
 import pytest
 import roots
+import version_1
 from install_support import SCRIPTS
 from pages import COMMANDS, find_block
 from product import ROOT, SOURCES, copy_scripts
@@ -458,6 +459,39 @@ def test_the_service_starts_restarts_only_on_change_and_comes_back(booted):
     assert "stopped %s\ndisabled %s\n" % (SERVICE, SERVICE) in out
     assert out.endswith("the clones in /home/alice/repos\n")
     assert booted.run("systemctl", "cat", SERVICE).returncode == 1
+
+
+def test_an_upgrade_from_version_1_keeps_all_that_it_set_up(booted):
+    version_1.unpack(booted.path("/root/old"))
+    upstream = make_upstream(booted, "alice")
+    page = "/home/alice/repos/hanuman/file"
+    options = ["--user", "alice", "--base-url", "/srv/up", "--port", "80", "--serve", page]
+    booted.check("./install.sh", "slave", *options, cwd="/root/old")
+    booted.check("./install.sh", "master", "127.0.0.1:80", "--new-secret", cwd="/root/old")
+    booted.check("chown", "alice", "/etc/server-update/secret")
+    booted.check("server-update", "hanuman")
+    kept = ("/etc/server-update/slave.conf", "/etc/server-update/slavelist.txt")
+    kept += ("/etc/server-update/secret", "/home/alice/repos/.server-update/hanuman.json")
+    before = [booted.path(name).read_text() for name in kept]
+    first = show(booted, "MainPID")
+
+    out = booted.check("./install.sh", "slave", cwd=CHECKOUT)
+    assert "restarted the service" in out
+    assert "slave.py runs as alice on port 80, with its clones in /home/alice/repos;" in out
+    booted.check("./install.sh", "master", cwd=CHECKOUT)
+    assert show(booted, "MainPID") not in (first, "0")
+    assert [booted.path(name).read_text() for name in kept] == before
+    assert upstream.head()[:7] in booted.check("server-update", "--status", "hanuman")
+    commit = upstream.commit({"file": "two\n"})
+    assert commit[:7] in booted.check("server-update", "hanuman")
+    ask = "import urllib.request; print(urllib.request.urlopen('http://127.0.0.1/').read())"
+    assert "two" in booted.check("python3", "-c", ask)
+    assert "Nothing had to be changed" in booted.check("./install.sh", "slave", cwd=CHECKOUT)
+
+    # And from the shared secret of 1.0 to keys, by what it prints.
+    out = booted.check("./install.sh", "master", "--new-secret", cwd=CHECKOUT)
+    assert "1. Each slave takes its key beside the shared secret, where alice runs" in out
+    assert "  rm '" not in out  # this machine is a slave, too
 
 
 MAKE_CERTIFICATE = """
