@@ -2427,8 +2427,19 @@ def stop_on_signals(updater):
     signal.signal(signal.SIGINT, stop)
 
 
+def tell_ready(address):
+    """Tells the service manager at $NOTIFY_SOCKET, if there is one: sd_notify(3)."""
+    if not address:
+        return
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.settimeout(1)
+        manager.connect(re.sub("^@", "\0", address))
+        manager.send(b"READY=1")
+
+
 def serve(options):
     """Serves until SIGTERM or SIGINT; OSError or ValueError where it can't start."""
+    manager = os.environ.pop("NOTIFY_SOCKET", "")  # not what this one starts is to be asked
     folder = config_folder(__file__)
     settings = read_settings(os.environ, options, folder)
     guard = Guard(settings)
@@ -2452,6 +2463,7 @@ def serve(options):
     log("clones go live in %s, by %s", settings["REPOS_DIR"], command)
     log("listening on port %d (%s%s)", server.server_address[1],
         settings["BIND"] or "all addresses", ", TLS" if server.tls else "")
+    tell_ready(manager)
     serve_until_stopped(server)
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import time
 
@@ -395,6 +396,39 @@ def test_a_replaced_id_is_answered_by_its_successor_also_after_a_restart(start_s
     slave.start()
     for update in replaced:
         assert slave.wait_update(update=update)["update"] == replaced[-1]
+
+
+# -- a service manager
+
+
+@pytest.mark.parametrize("is_abstract", [True, False], ids=["abstract", "path"])
+def test_a_service_manager_hears_once_it_serves(start_slave, tmp_path, is_abstract):
+    """As systemd with Type=notify; nothing that the slave runs can speak for it."""
+    address = "@server-update-%d" % os.getpid() if is_abstract else str(tmp_path / "notify")
+    slave = start_slave()
+    slave.stop()
+    stand_in(slave, text='#!/bin/sh\necho "${NOTIFY_SOCKET-none}" >>"$HOME/runs"\nexit 1\n')
+    slave.env["NOTIFY_SOCKET"] = address
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.settimeout(20)
+        manager.bind(address.replace("@", "\0"))
+        slave.start(wait=False)
+        assert manager.recv(99) == b"READY=1"
+        assert slave.get("/healthz")[0] == 200
+        slave.wait_update()
+        assert runs(slave) == ["none"]
+        assert slave.stop() == 0
+        slave.args = ["--tls-key", "/nowhere"]
+        slave.start(wait=False)
+        assert slave.process.wait(20) == 2
+        manager.settimeout(0)
+        with pytest.raises(BlockingIOError):
+            manager.recv(99)
+
+
+def test_a_service_manager_that_is_gone_is_no_matter(start_slave, tmp_path):
+    slave = start_slave(env={"NOTIFY_SOCKET": str(tmp_path / "nothing")})
+    assert slave.get("/healthz")[0] == 200
 
 
 # -- process 1
