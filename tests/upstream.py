@@ -148,6 +148,7 @@ class GitHandler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         """Serve one request, or misbehave as told."""
         self.server.requests.append("%s %s" % (self.command, self.path))
+        self.server.before_request(self.server.requests)
         self.number = len(self.server.requests)
         if not self._misbehave():
             self._run_backend()
@@ -284,6 +285,7 @@ class HttpUpstream(http.server.ThreadingHTTPServer):
       "cut:N"         an answer to a POST (the packs) ends after N bytes of body
       "slow:N"        at most about N bytes a second
     faults_at: {3: "503"}, faults that only the third request meets, and so on; `requests` counts.
+    before_request: is called with `requests`, in the thread that answers the last of them.
     """
 
     daemon_threads = True
@@ -295,6 +297,7 @@ class HttpUpstream(http.server.ThreadingHTTPServer):
         self.bytes_sent = self.bytes_received = 0
         self.requests = []
         self.faults_at = {}
+        self.before_request = lambda requests: None
         self.released = threading.Event()
         self._fault = None
         self._counting = threading.Lock()
