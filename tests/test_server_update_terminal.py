@@ -27,7 +27,7 @@ from farm import (
     updates_when,
 )
 from processes import cpu_s, wait_until
-from product import PYTHON, SERVER_UPDATE
+from product import PYTHON, SERVER_UPDATE, daily
 from terminal import Run
 from update_support import run_in_process
 
@@ -247,7 +247,7 @@ def test_progress_fits_the_terminal_that_it_is_on(farm, tmp_path):
     assert "hanuman  0 of 1  0:00  127.77.0.1:..." in drawn  # what is cut has a sign of it
 
 
-@pytest.mark.parametrize("locale", ["C", "C.UTF-8", "en_US.ISO-8859-1"])
+@pytest.mark.parametrize("locale", daily(1, ["C", "C.UTF-8", "en_US.ISO-8859-1"]))
 def test_any_locale(farm, tmp_path, locale):
     entries = [
         farm.add(updates(state="failed", message="gr\u00fc\u00dfe \u4f8b")),
@@ -329,7 +329,7 @@ PHASES = {
 }
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", daily(1, [signal.SIGINT, signal.SIGTERM]))
 @pytest.mark.parametrize("phase", sorted(PHASES))
 def test_interrupted_it_tells_the_outcome_so_far(farm, tmp_path, phase, number):
     entries = [farm.add(updates()), farm.add(PHASES[phase])]
@@ -529,7 +529,7 @@ def test_a_list_on_a_closed_standard_input():
     assert done.stderr == "server-update: standard input: no slave in the list\n"
 
 
-@pytest.mark.parametrize("redirect", [">&-", "2>&-", ">&- 2>&-", "2>/dev/full"])
+@pytest.mark.parametrize("redirect", daily(2, [">&-", "2>/dev/full", "2>&-", ">&- 2>&-"]))
 def test_closed_outputs(farm, tmp_path, redirect):
     slavelist = tmp_path / "slavelist.txt"
     slavelist.write_text(farm.add(updates()))

@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 from farm import COMMIT, PREVIOUS, Farm, at_once, error, http, raw, record, updates
+from product import daily
 from terminal import Run
 
 FOLDER = Path(__file__).resolve().parent / "transcripts"
 SIZES, MANY = (1, 3, 50, 51), 10000
+BY_DAY = daily(2, [3, 51, 1, 50, MANY])
 PORT = ":PPPPP"
 KINDS = [  # those at the head of a list of 50 and 51; the others go live
     error("403 Forbidden", "address not allowed"),
@@ -148,7 +150,7 @@ def without_waiting(errors):
 
 
 @pytest.mark.parametrize("output", OUTPUTS)
-@pytest.mark.parametrize("size", [*SIZES, pytest.param(MANY, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", BY_DAY)
 def test_what_is_seen(shown, size, output):
     one = shown(size, output)
     assert one.text == golden("%d-%s" % (size, output), one.text)
@@ -164,7 +166,7 @@ def test_what_is_seen(shown, size, output):
 
 
 @pytest.mark.parametrize("name", ["quiet", "json"])
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", BY_DAY[:-1])
 def test_quiet_and_json(shown, size, name):
     one, colored = shown(size, name), shown(size, name + "-80")
     assert one.text == golden("%d-%s" % (size, name), one.text)
@@ -174,14 +176,14 @@ def test_quiet_and_json(shown, size, name):
 
 
 @pytest.mark.parametrize("output", OUTPUTS)
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", BY_DAY[:-1])
 def test_verbose_has_a_line_for_each_above_50_too(shown, size, output):
     one = shown(size, {"pipe": "verbose"}.get(output, "verbose-" + output))
     name = "%d-verbose-%s" % (size, output) if size > 50 else "%d-%s" % (size, output)
     assert one.text == golden(name, one.text)
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", BY_DAY[:-1])
 def test_what_the_environment_says_about_colours(shown, size):
     plain, colored = shown(size, "pipe").text, shown(size, "80").text
     assert without_color(colored) != colored
@@ -194,7 +196,7 @@ def test_what_the_environment_says_about_colours(shown, size):
     assert marked.findall(always) == marked.findall(colored)
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", BY_DAY[:-1])
 def test_the_c_locale_shows_the_same(shown, size):
     assert shown(size, "locale-c").text == shown(size, "pipe").text
     assert shown(size, "locale-c-80").text == shown(size, "80").text

@@ -29,7 +29,7 @@ from slave_support import (
 ROUNDS = int(os.environ.get("ROUNDS", 10))  # of kill -9, with a quick slave-activate of ours
 REAL_ROUNDS = int(os.environ.get("REAL_ROUNDS", 3))  # with the real one
 BURST = 1000  # signals
-UPDATES = 200  # for zombies, memory and open files
+UPDATES = 100  # for zombies, memory and open files
 THREADS = 2  # of a slave that has nothing to do: who accepts, and who writes
 TOO_LONG = "x" * 256  # for the name of a file
 EXCHANGES = int(os.environ.get("EXCHANGES", 12))  # of the repository that has the served file
