@@ -16,7 +16,7 @@ from checker import git
 from farm import refusing_entry
 from processes import kill, kill_all_below, processes_below, wait_until
 from product import PYTHON, copy_scripts, shorten_pauses
-from slave_support import Slave, stop_for_good
+from slave_support import SECRET, Slave, signature, stop_for_good
 from upstream import HttpUpstream, Upstream
 
 READER_UPDATES = 12
@@ -465,6 +465,87 @@ def a_restart_between_signal_and_outcome_is_seen_through(place):
     assert json.loads(output.splitlines()[1])["commit"] == place.repo.head()
 
 
+# -- promise 9: what a relay has answered with 202 is live beneath, or told ----------------------
+
+
+class Forge:
+    """A relay with slaves beneath it, and what a forge sends to it."""
+
+    def __init__(self, place, beneath=(), **settings):
+        """`beneath` are entries of a list beside the one slave that there is."""
+        secret = place.folder / "forge-secret"
+        secret.write_text(SECRET + "\n")
+        secret.chmod(0o600)
+        slavelist = place.folder / "beneath"
+        self.slave = place.slave(SECRET_FILE=secret, **settings)
+        slavelist.write_text("\n".join([self.slave.url, *beneath]) + "\n")
+        options = "--retries 0 --connect-timeout 2"
+        self.relay = place.slave(SECRET_FILE=secret, SLAVELIST=slavelist, RELAY_OPTIONS=options)
+
+    def push(self, repo="site"):
+        """Signal the relay as a forge's push does: its answer's status."""
+        path = "/?repo=" + repo
+        return self.relay.get(path, headers=signature(path))[0]
+
+    def record(self, slave):
+        """The record of `site` of one of the two, None while there is none."""
+        path = "/status?repo=site"
+        status, _, body = slave.get(path, headers=signature(path))
+        return json.loads(body.decode()) if status == 200 else None
+
+    def wait_end(self):
+        """The relay's record once its update has ended."""
+        def ended():
+            record = self.record(self.relay)
+            return record if record and record["state"] in ("live", "failed") else None
+        return wait_until(ended, 60, what="the end of the relay's update")
+
+
+def a_push_reaches_the_slaves_beneath(place):
+    """A forge's push to a relay: live there and beneath, at one commit."""
+    forge = Forge(place)
+    assert forge.push() == 202
+    record = forge.wait_end()
+    assert (record["state"], record["beneath"]) == ("live", {"live": 1}), record
+    for slave in (forge.relay, forge.slave):
+        check_clean(slave.repos / "site", place.repo.head())
+
+
+def a_dead_slave_beneath_is_told(place):
+    """One of two slaves beneath can't be reached: the relay says so."""
+    entry, holder = refusing_entry()
+    with holder:
+        forge = Forge(place, [entry])
+        assert forge.push() == 202
+        record = forge.wait_end()
+    assert record["beneath"] == {"live": 1, "unreachable": 1}, record
+    assert [bad["slave"] for bad in record["beneath_bad"]] == [entry], record
+
+
+def a_push_survives_a_kill_of_the_relay(place):
+    """kill -9 of the relay while the slave beneath is busy: after its start it goes on to the end.
+    """
+    go = place.folder / "go"
+    hooks = place.folder / "hooks-beneath"
+    hooks.mkdir()
+    hook = hooks / "pre-update"
+    hook.write_text('#!/bin/sh\nuntil [ -e "%s" ]; do sleep 0.05; done\n' % go)
+    hook.chmod(0o755)
+    forge = Forge(place, HOOKS_DIR=hooks)
+    assert forge.push() == 202
+    wait_until(lambda: forge.record(forge.slave), what="the signal to the slave beneath")
+    assert forge.record(forge.relay)["state"] == "running"
+    for pid in processes_below(forge.relay.bin.parent):
+        kill(pid, signal.SIGKILL)
+    forge.relay.process.wait()
+    commit = place.push()
+    go.write_text("")
+    forge.relay.start()
+    record = forge.wait_end()
+    assert (record["state"], record["beneath"]) == ("live", {"live": 1}), record
+    check_clean(forge.slave.repos / "site", commit)
+
+
 # The first of them are for every day, see test_scenarios.py.
 SCENARIOS = [
     what_is_told_as_live_is_live, different_commits_are_no_success,
@@ -477,4 +558,6 @@ SCENARIOS = [
     an_unsigned_signal_is_refused, a_slaves_key_is_worth_nothing_at_another,
     nothing_of_a_run_outlives_it, a_dead_slave_is_no_success, a_failed_update_is_no_success,
     a_replaced_update_is_no_success, a_restart_between_signal_and_outcome_is_seen_through,
+    a_push_reaches_the_slaves_beneath, a_dead_slave_beneath_is_told,
+    a_push_survives_a_kill_of_the_relay,
 ]

@@ -141,6 +141,19 @@ def broken(record, wanted):
     record.ref = wanted.ref
     return original(record, wanted)
 """, scenarios.a_replaced_update_is_no_success),
+    Mutation("nothing goes on beneath", "slave.py", "Updater.update_beneath", """
+def broken(self, record, changes):
+    return changes
+""", scenarios.a_push_reaches_the_slaves_beneath),
+    Mutation("all beneath count as live", "slave.py", "sum_counts", """
+def broken(*parts):
+    return {"live": sum(original(*parts).values())}
+""", scenarios.a_dead_slave_beneath_is_told),
+    Mutation("a relay ends before those beneath", "slave.py", "Updater.update_beneath", """
+def broken(self, record, changes):
+    threading.Thread(target=original, args=(self, record, dict(changes)), daemon=True).start()
+    return changes
+""", scenarios.a_push_survives_a_kill_of_the_relay),
     Mutation("the commit is not the slave's word", "server-update", "read_commit", """
 def broken(body, name):
     return original(body, "previous")
@@ -163,7 +176,7 @@ def test_the_suite_catches(mutation, tmp_path):
 
 
 def test_mutations_are_many_and_touch_every_script():
-    assert len(MUTATIONS) >= 27
+    assert len(MUTATIONS) >= 30
     assert {mutation.scenario for mutation in MUTATIONS} == set(scenarios.SCENARIOS)
     assert {mutation.script for mutation in MUTATIONS} == set(SCRIPTS)
 
