@@ -44,7 +44,7 @@ import threading
 import time
 from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from urllib.parse import unquote
 
 VERSION = "1.0"
@@ -104,8 +104,7 @@ MAX_WAIT_S = 30
 MAX_STATUS_BYTES = 1000000  # server-update reads a little more
 VIA_RE = re.compile("[0-9a-f]{16}(,[0-9a-f]{16}){0,7}")  # ids of at most 8 relays
 TEND_S = 0.5  # how often late connections are dropped
-IDLE_S = 0.1  # a thread that has no connection to serve for so long ends
-LOG_PATIENCE_MS = 1000  # for the log's reader to take a line
+LOG_PATIENCE_S = 1  # for the log's reader to take a line
 RETRY_LATER = ("Retry-After", "2")
 
 # A header's line, or its end: RFC 9110
@@ -242,19 +241,16 @@ def reason(error):
 class Stderr:
     """Standard error, whose reader may stop reading: what it doesn't take in time is lost."""
 
-    def __init__(self):
-        self.is_stuck = False
+    patience_s = LOG_PATIENCE_S
 
     def write(self, line):
         """Writes a line in bytes, in one write where it has PIPE_BUF bytes at most; OSError."""
-        ready = select.poll()
-        ready.register(2, select.POLLOUT)
         for start in range(0, len(line), select.PIPE_BUF):
-            # A pipe that is ready takes that much. Once it is stuck, nobody waits for it again.
-            patience_ms = 0 if self.is_stuck else LOG_PATIENCE_MS
-            self.is_stuck = not ready.poll(patience_ms)
-            if self.is_stuck:
+            # A pipe that is ready takes that much.
+            if not select.select([], [2], [], self.patience_s)[1]:
+                self.patience_s = 0  # once it is stuck, nobody waits for it again
                 return
+            self.patience_s = LOG_PATIENCE_S
             os.write(2, line[start:start + select.PIPE_BUF])
 
 
@@ -269,11 +265,11 @@ def log(text, *values):
         STDERR.write(line.encode("utf-8", "backslashreplace"))
 
 
-def start_thread(function):
+def start_thread(function, *args):
     """Has a thread call a function; RuntimeError or MemoryError where there can't be one.
 
     Thread.start() waits for ever where there is no memory for the new thread's first steps."""
-    _thread.start_new_thread(function, ())
+    _thread.start_new_thread(function, args)
 
 
 class Throttle:
@@ -288,9 +284,9 @@ class Throttle:
         self.tell()
         with self.lock:
             self.lines += 1
-            is_one_too_many = self.lines > MAX_REFUSALS_LOGGED
-        if not is_one_too_many:
-            log(text, *values)
+            if self.lines > MAX_REFUSALS_LOGGED:
+                return
+        log(text, *values)
 
     def tell(self):
         """Begins a new second, once that of before is over; says how many were left out in it."""
@@ -453,16 +449,18 @@ def read_conf(path):
                 key, value = parse_line(line)
             except ValueError as mistake:
                 raise ValueError("%s:%d: %s" % (path, number, mistake))
-            values[key] = value
+            if value is not None:
+                values[key] = value
     return values
 
 
 def read_given(environ, options):
     """{KEY: value} of what the environment or, before that, an option gives; ValueError."""
     values = {}
+    given = {**environ, **options}
     for key in SETTINGS:
-        for source, name in ((environ, "SERVER_UPDATE_" + key), (options, option_name(key))):
-            text = source.get(name)
+        for name in ("SERVER_UPDATE_" + key, option_name(key)):
+            text = given.get(name)
             if not text:
                 continue
             try:
@@ -481,15 +479,12 @@ def read_settings(environ, options, folder=CONFIG_FOLDER):
     values["HOOKS_DIR"] = os.path.join(folder, "hooks")
     path = os.path.join(folder, "slave.conf")
     named = environ.get("SERVER_UPDATE_CONF")
-    found = {}
     if named or not is_absent(path):
-        found = read_conf(named or path)
+        values.update(read_conf(named or path))
     given = read_given(environ, options)
-    for key, value in found.items():
-        # A value for one repository gives way to one of the environment or an option, too.
-        if value is not None and key.partition(".")[0] not in given:
-            values[key] = value
-    values.update(given)
+    # A value for one repository gives way to one of the environment or an option, too.
+    for key in values:
+        values[key] = given.get(key.partition(".")[0], values[key])
     # A certificate may have its key in the same file; a key alone certifies nothing.
     if values["TLS_KEY"] and not values["TLS_CERT"]:
         raise ValueError("TLS_KEY is set, but TLS_CERT is not")
@@ -2271,8 +2266,6 @@ class Server(http.server.ThreadingHTTPServer):
         self.guard = guard
         self.served_file = served_file
         self.tls = None
-        self.accepted = SimpleQueue()  # connections that a thread is to serve
-        self.idle = threading.Semaphore(0)  # one for each thread that waits and is promised none
         self.handlers = set()
         self.tended = 0  # when late connections were last looked for
         self.throttle = Throttle()  # of what strangers cause
@@ -2338,29 +2331,24 @@ class Server(http.server.ThreadingHTTPServer):
             raise OSError("no connection")
 
     def process_request(self, request, client_address):
-        """Has a thread serve a new connection."""
+        """Has a thread serve a new connection; RuntimeError, MemoryError where there is none."""
         # There is always room for a new one, or silent ones could shut everybody out.
-        room = max_connections() - len(self.handlers) - self.accepted.qsize()
+        room = max_connections() - len(self.handlers)
         if room <= 0:
             self.drop_one()
         # Those that were dropped are closed by their threads, which may need a moment for it.
         if room < -SPARE_FILES:
             time.sleep(POLL_S)
-        # To start a thread costs half an answer, so those that have served one wait for another.
-        if not self.idle.acquire(blocking=False):
-            self.start_server_thread()
         # A socket for both families says ::ffff:192.0.2.1 for an address of IPv4.
-        address = MAPPED_RE.sub("", client_address[0])
-        self.accepted.put((request, (address, client_address[1])))
-
-    def start_server_thread(self):
-        """Starts a thread for a connection; where there can't be one, another's comes free."""
+        address = (MAPPED_RE.sub("", client_address[0]), client_address[1])
         try:
-            start_thread(self.serve_accepted)
-        except (RuntimeError, MemoryError):
+            start_thread(self.serve_connection, request, address)
+        except (RuntimeError, MemoryError) as error:
+            # Another's thread comes free.
+            self.throttle.log("no thread for a connection: %s", error or "no memory")
             self.drop_one()
-            if not self.idle.acquire(timeout=CLOSE_TIMEOUT_S + SHORTAGE_PAUSE_S):
-                raise
+            time.sleep(SHORTAGE_PAUSE_S)
+            start_thread(self.serve_connection, request, address)
 
     def finish_answers(self):
         """Lets who waits for an answer at the end still have it."""
@@ -2373,25 +2361,13 @@ class Server(http.server.ThreadingHTTPServer):
 
     def drop_one(self):
         """Ends the connection that can best be spared: who has waited longest for its peer."""
-        handlers = sorted(self.handlers, key=Connection.gives_way)
-        for handler in handlers[:1]:
-            handler.drop()
+        handlers = list(self.handlers)
+        if handlers:
+            min(handlers, key=Connection.gives_way).drop()
 
-    def serve_accepted(self):
-        """Serves one connection after the other, until none comes for IDLE_S."""
-        while True:
-            try:
-                request, client_address = self.accepted.get(timeout=IDLE_S)
-            except Empty:
-                if self.idle.acquire(blocking=False):
-                    return  # nobody counts on this thread
-                continue
-            with contextlib.suppress(Exception):  # no memory, not even to say so
-                self.process_request_thread(request, client_address)
-            # After a crowd, so many idle threads would keep much memory.
-            if len(self.handlers) > MAX_CONNECTIONS // 8:
-                return
-            self.idle.release()
+    def serve_connection(self, request, client_address):
+        with contextlib.suppress(Exception):  # no memory, not even to say so
+            self.process_request_thread(request, client_address)
 
     def handle_error(self, request, client_address):
         """What a connection ended with: mostly its peer's doing, which is nobody's concern."""
