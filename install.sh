@@ -595,6 +595,7 @@ Description=server-update slave: takes signals and updates the clones of this ma
 After=network-online.target
 Wants=network-online.target
 [Service]
+Type=notify
 User=$user
 Environment="PATH=$path"
 ExecStart="$prefix/bin/slave.py"$served
@@ -696,8 +697,24 @@ write_unit() {
   esac
 }
 
-service() { # is-enabled, is-active, enable, disable, start, stop or restart
+service() { # is-enabled, is-active, is-stopped, enable, disable, start, stop or restart
   case $manager:$1 in
+    systemd:is-stopped) # and not about to start, or to start again, as it is not active then
+      case $(systemctl is-active $SERVICE) in
+        inactive | failed | unknown) return 0 ;;
+      esac
+      return 1
+      ;;
+    openrc:is-stopped)
+      ! service is-active
+      ;;
+    systemd:start | systemd:restart)
+      # Until slave.py serves (Type=notify); what systemctl says of a failure leads nowhere.
+      if ! systemctl -q "$1" $SERVICE >/dev/null 2>&1; then
+        say "see $log"
+        return 1
+      fi
+      ;;
     systemd:*)
       systemctl -q "$1" $SERVICE
       ;;
@@ -743,7 +760,9 @@ start_service() {
 }
 
 see_it_stay_up() {
-  sleep 2 # one that can't start has failed by then
+  if [ $manager = openrc ]; then
+    sleep 2 # one that can't start has failed by then
+  fi
   if ! service is-active; then
     die 1 "slave.py does not stay up: see $log"
   fi
@@ -751,7 +770,7 @@ see_it_stay_up() {
 }
 
 stop_service() {
-  if service is-active; then
+  if ! service is-stopped; then
     act stop stopped $SERVICE service stop
   fi
   if service is-enabled; then
@@ -1041,10 +1060,11 @@ say_what_runs() {
 }
 
 print_url() { # of this machine's slave.py, as far as can be known here
-  case $has_tls:$port in
-    yes:*) say "https://$(uname -n):$port" ;;
-    *) say "http://$(uname -n):$port" ;;
-  esac
+  scheme=http
+  if [ -n "$has_tls" ]; then
+    scheme=https
+  fi
+  say "$scheme://$(uname -n):$port"
 }
 
 print_entry() { # what a master's list has to name this slave by, as far as can be known here
@@ -1059,14 +1079,20 @@ print_entry() { # what a master's list has to name this slave by, as far as can 
 # --- a relay: a slave that is the master of those beneath it, and takes word from a forge ---
 
 install_relay() {
-  slavelist=$list
+  slavelist=$config/slavelist.txt
   answer=$(ask_slave)
   read_answer
   # What a slave.conf says that is there already comes first.
-  list=$(say "$answer" | sed -n 4p)
+  list=$DESTDIR$(say "$answer" | sed -n 4p)
   own_secret=$(say "$answer" | sed -n 5p)
-  secret=${own_secret:-$secret}
+  if [ -n "$own_secret" ]; then
+    secret=$DESTDIR$own_secret
+  fi
   check_lists
+  # slave.py would not start.
+  if [ -z "$slaves" ] && ! has_slaves; then
+    die 2 "there is no slave in $list: name those beneath, as in ./install.sh relay web1"
+  fi
   put_master
   make_key_file "$secret"
   put_slave
@@ -1077,16 +1103,16 @@ install_relay() {
 }
 
 say_how_forges_tell() {
-  say "Settings: $conf. The slaves beneath: $list. On each of them: ./install.sh slave"
-  say "At the forge, a webhook for pushes, as JSON, to this URL, with this secret:"
+  say "Settings: $conf. On each slave in $list: ./install.sh slave"
+  tell="At the forge, a webhook for pushes, as JSON, to this URL, with this secret:"
   if [ -z "$repo" ]; then
+    say "$tell"
     say "  $(print_url)/hook?repo=NAME"
     say "  what '$prefix/bin/slave.py' --hook-key NAME prints"
     return
   fi
-  if ! key=$("$prefix/bin/slave.py" --hook-key "$repo"); then
-    exit 1
-  fi
+  key=$("$prefix/bin/slave.py" --hook-key "$repo") || exit 1
+  say "$tell"
   say "  $(print_url)/hook?repo=$repo"
   say "  $key"
 }

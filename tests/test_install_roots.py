@@ -521,6 +521,7 @@ def test_a_reload_reads_the_certificate_again(booted):
     read = "the TLS certificate is read from /etc/cert.pem"
     wait_for_log(booted, read)
     before = show(booted, "MainPID")
+    assert show(booted, "Type") == "notify" and show(booted, "ActiveState") == "active"
     booted.check("systemctl", "reload", SERVICE)
     wait_for_log(booted, read, times=2)
     assert show(booted, "MainPID") == before
@@ -583,7 +584,7 @@ def test_a_slave_that_cannot_start_is_told(booted):
     done = booted.run("./install.sh", "slave", cwd=CHECKOUT)
     assert done.returncode == 1
     assert done.stdout.splitlines()[-1] == (
-        "install.sh: slave.py does not stay up: see journalctl -u %s" % SERVICE
+        "install.sh: cannot start the service %s: see journalctl -u %s" % (SERVICE, SERVICE)
     )
     booted.path("/etc/server-update/slave.conf").write_text("PORT=9999\nBASE_URL=/srv/up\n")
     assert "started the service" in booted.run("./install.sh", "slave", cwd=CHECKOUT).stdout
