@@ -373,26 +373,43 @@ def parse_globs(text):
     return parse_words(text)
 
 
-# What the file, the environment and the options can set, in the order of --help.
+# What the file, the environment and the options can set, each with what it holds and, in brackets,
+# what it is without.
+SETTINGS_HELP = """
+BASE_URL       URL or path: clones are made of BASE_URL/NAME.git (https://github.com/aiegoo)
+REPOS_DIR      folder where the clones go live (~/repos)
+HOOKS_DIR      has pre-update, post-update and update-ended (/etc/server-update/hooks)
+PORT           0 takes a free one (9999)
+BIND           address to listen on, else all
+TIMEOUT        seconds for an update (600)
+SUBMODULES     yes or no: clone them (yes)
+SECRET_FILE    keys, a line each, else /etc/server-update/secret if it exists
+ALLOW_FROM     addresses and networks that may ask, else all
+ALLOW_REPOS    globs of repositories that may be updated, else all
+SLAVELIST      slaves beneath: they follow each update of this one
+RELAY_OPTIONS  options of server-update for them
+TLS_CERT       certificate chain (PEM): serve https
+TLS_KEY        its key, where that is not in TLS_CERT
+"""
+PARSERS = {
+    "BASE_URL": parse_base_url,
+    "REPOS_DIR": parse_path,
+    "HOOKS_DIR": parse_path,
+    "PORT": parse_port,
+    "BIND": ipaddress.ip_address,
+    "TIMEOUT": parse_timeout,
+    "SUBMODULES": parse_yes_or_no,
+    "SECRET_FILE": parse_path,
+    "ALLOW_FROM": parse_networks,
+    "ALLOW_REPOS": parse_globs,
+    "SLAVELIST": parse_path,
+    "RELAY_OPTIONS": parse_relay_options,
+    "TLS_CERT": parse_path,
+    "TLS_KEY": parse_path,
+}
 SETTINGS = {
-    "BASE_URL": Setting("https://github.com/aiegoo", parse_base_url,
-                        "URL or path: clones are made of BASE_URL/NAME.git"),
-    "REPOS_DIR": Setting("~/repos", parse_path, "folder where the clones go live"),
-    "HOOKS_DIR": Setting("/etc/server-update/hooks", parse_path,
-                         "has pre-update, post-update and update-ended"),
-    "PORT": Setting("9999", parse_port, "0 takes a free one"),
-    "BIND": Setting("", ipaddress.ip_address, "address to listen on, else all"),
-    "TIMEOUT": Setting("600", parse_timeout, "seconds for an update"),
-    "SUBMODULES": Setting("yes", parse_yes_or_no, "yes or no: clone them"),
-    "SECRET_FILE": Setting("", parse_path, "keys, a line each, else " + CONFIG_FOLDER +
-                           "/secret if it exists"),
-    "ALLOW_FROM": Setting("", parse_networks, "addresses and networks that may ask, else all"),
-    "ALLOW_REPOS": Setting("", parse_globs,
-                           "globs of repositories that may be updated, else all"),
-    "SLAVELIST": Setting("", parse_path, "slaves beneath: they follow each update of this one"),
-    "RELAY_OPTIONS": Setting("", parse_relay_options, "options of server-update for them"),
-    "TLS_CERT": Setting("", parse_path, "certificate chain (PEM): serve https"),
-    "TLS_KEY": Setting("", parse_path, "its key, where that is not in TLS_CERT"),
+    key: Setting(default, PARSERS[key], text)
+    for key, text, default in re.findall(r"(?m)^(\w+) +(.*?)(?: \((\S+)\))?$", SETTINGS_HELP)
 }
 
 
