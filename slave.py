@@ -22,6 +22,7 @@ if __name__ == "__main__":  # there is nothing to be stopped yet, nor a certific
 
 import _thread
 import argparse
+import base64
 import contextlib
 import errno
 import fcntl
@@ -45,7 +46,7 @@ import time
 from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
-from urllib.parse import unquote
+from urllib.parse import unquote, unquote_to_bytes
 
 VERSION = "1.0"
 
@@ -69,7 +70,8 @@ MAX_STDOUT_BYTES = 65536  # of a run that are kept
 # What tells most comes first.
 OUTPUT_KINDS = ("slave-activate: ", "server-update: ", "fatal: ", "error: ", "")
 HOOK_RE = re.compile(r"live, but post-update hook failed \(([0-9]{1,3})\)")
-LEFT_RE = re.compile("can(not|'t) remove ")  # of the old tree
+# What is worth a word although all went well: of the old tree, of a push
+WORTH_RE = re.compile("can(not|'t) remove |[0-9a-f]{7} is not there yet")
 OUTCOME_PATTERN = r"%s ([0-9a-f]{40,64}|-) ([0-9a-f]{40,64}|-)\n"  # slave-activate's stdout
 
 # Slaves beneath
@@ -110,6 +112,12 @@ RETRY_LATER = ("Retry-After", "2")
 # A header's line, or its end: RFC 9110
 HEADER_LINE_RE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*)?\r?\n")
 ORIGIN_RE = re.compile("^https?://[^/?]*", re.I)  # of a target as proxies send it
+
+# Bodies
+BODY_TIMEOUT_S = 30  # in all
+MAX_BODY_BYTES = 25 << 20  # as much as a forge sends
+MAX_READ_BODY_BYTES = 256 << 10  # those that are larger are only proved
+MAX_LARGE_BODIES = 4  # at once
 
 # Signatures
 SIGNATURE_RE = re.compile(r"t=([0-9]{1,12}),n=([0-9a-f]{32}),s=([0-9a-f]{64})")
@@ -518,8 +526,8 @@ def own_setting(settings, key, repo):
 # One update. /status tells the fields of TOLD; times are seconds since 1970; a stop of the slave
 # that was clean is no try; `first` is the oldest update that this one has taken the place of.
 Record = namedtuple("Record", "repo update ref state requested started finished commit previous "
-                    "message pin hook beneath beneath_bad by note via first tries untold",
-                    defaults=[None] * 4 + [""] + [None] * 8 + [0, None])
+                    "message pin hook beneath beneath_bad by note via expect first tries untold",
+                    defaults=[None] * 4 + [""] + [None] * 9 + [0, None])
 TOLD = Record._fields[:16]
 
 
@@ -662,6 +670,7 @@ RULES = {
     "by": is_note,
     "note": is_note,
     "via": VIA_RE.fullmatch,
+    "expect": HASH_RE.fullmatch,
     "first": is_number,
     "tries": is_number,
     "untold": is_number,
@@ -1199,7 +1208,7 @@ def say_outcome(status, is_told, words, late_after_s):
     if status == 0 and not is_told:
         return "slave-activate did not say which commit is live"
     # Of an update that went well only what it left behind is worth a word.
-    if status == 0 and not LEFT_RE.match(words):
+    if status == 0 and not WORTH_RE.match(words):
         return ""
     return words or "slave-activate ended with exit status %d" % status
 
@@ -1233,6 +1242,125 @@ def judge_hook(status, words):
     return 128 - (status or -signal.SIGKILL)
 
 
+# -- forges: what a forge proves, and what it says of a push; pure ---------------
+
+PROOFS = (
+    "X-Hub-Signature-256",
+    "X-Hub-Signature",
+    "X-Gitlab-Token",
+)
+# Headers that name the event; Gitea and Forgejo send GitHub's, too, and Azure DevOps has none.
+FORGES = {
+    "X-Forgejo-Event": "Forgejo",
+    "X-Gitea-Event": "Gitea",
+    "X-GitHub-Event": "GitHub",
+    "X-Gitlab-Event": "GitLab",
+    "X-Event-Key": "Bitbucket",
+}
+PUSHES = {"push", "Push Hook", "Tag Push Hook", "System Hook", "repo:push"}
+REF_FOLDERS = {"branch": "refs/heads/", "tag": "refs/tags/"}
+
+
+class Ignored(Exception):
+    """An event that means nothing to a hook; its text says why."""
+
+
+def make_hook_key(secret, repo, ref):
+    """The key, in hex, by which a forge proves pushes to the hook of `repo` and `ref`, if any."""
+    text = "server-update-hook-1\n%s\n%s" % (repo, ref or "")
+    mac = hmac.new(secret, text.encode("utf-8"), "sha256")
+    return mac.hexdigest().encode("ascii")
+
+
+def read_password(authorization):
+    """The password of basic authentication; an empty text where there is none."""
+    try:
+        return base64.b64decode(authorization[len("Basic "):]).partition(b":")[2]
+    except ValueError:
+        return b""
+
+
+def read_proofs(headers):
+    """What a request gives as proofs that its sender has a key, each of which must be right."""
+    given = [text for name in PROOFS for text in headers.get_all(name, [])]
+    # GitHub and Gitea still send one by SHA-1 as well, which is none by now.
+    given = [text.encode("utf-8") for text in given if not text.startswith("sha1=")]
+    # Beside a proof a password would be for a proxy on the way.
+    return given or list(map(read_password, headers.get_all("Authorization", [])))
+
+
+def check_proofs(given, keys, macs):
+    """Refusal unless all that is given is a key, or a signature by one; in constant time."""
+    right = keys + [b"sha256=" + mac.hexdigest().encode("ascii") for mac in macs]
+    for proof in given:
+        if not any(hmac.compare_digest(proof, one) for one in right):
+            raise Refusal(401, "proof missing or wrong")
+
+
+def find_payload(body):
+    """The JSON of a body, which may be a form."""
+    match = re.match(b"payload=([^&]*)", body)
+    if not match:
+        return body
+    return unquote_to_bytes(match.group(1).replace(b"+", b" "))
+
+
+def find_forge(headers):
+    """Which forge it is; Ignored where it says that this is no push."""
+    for header, forge in FORGES.items():
+        if header in headers:
+            if headers[header] not in PUSHES:
+                raise Ignored("no push")
+            return forge
+    return "a forge"
+
+
+def read_bitbucket(change):
+    """(ref, commit) of one of Bitbucket's changes."""
+    ref = change["new"] or change["old"]
+    commit = ref["target"]["hash"] if change["new"] else "0" * 40
+    return REF_FOLDERS[ref["type"]] + ref["name"], commit
+
+
+def read_push(told):
+    """[(ref, commit)] of a push, the commit zeros where the ref is gone; and the default branch.
+
+    Raises LookupError, TypeError or AttributeError where it is of no known shape."""
+    if "push" in told:  # Bitbucket, which does not tell the default branch
+        return [read_bitbucket(change) for change in told["push"]["changes"]], None
+    if "resource" in told:  # Azure DevOps
+        if told["eventType"] != "git.push":
+            raise Ignored("no push")
+        push = told["resource"]
+        changes = [(change["name"], change["newObjectId"]) for change in push["refUpdates"]]
+        return changes, push["repository"].get("defaultBranch")
+    repository = told.get("project") or told["repository"]  # GitLab has both
+    return [(told["ref"], told["after"])], repository.get("default_branch")
+
+
+def is_meant(name, wanted):
+    """Whether the ref `name` is `wanted`, or any branch where nothing is."""
+    short = re.sub("^refs/(heads|tags)/", "", name)
+    return wanted in (name, short) if wanted else name.startswith("refs/heads/")
+
+
+def find_pushed_commit(text, ref):
+    """Where a push has put `ref`, or the default branch; None where that can't be understood.
+
+    Raises Ignored where it certainly is about something else."""
+    try:
+        # As float: to read an int of 100,000 digits takes a second.
+        told = json.loads(text.decode("utf-8"), parse_int=float)
+        changes, default = read_push(told)
+        commits = [commit for name, commit in changes if is_meant(name, ref or default)]
+        if changes and not commits:
+            raise Ignored("another branch or tag")
+        there = [commit for commit in commits if set(commit) != {"0"}]
+        if commits and not there:
+            raise Ignored("a deletion")
+        return HASH_RE.fullmatch(there[-1]).group()
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        return None
 # -- beneath: what server-update tells of the slaves beneath a relay; pure -----
 
 class Beneath:
@@ -1744,8 +1872,11 @@ class Updater:
         command.append(record.repo)
         if record.ref:
             command.append(record.ref.encode("utf-8"))  # whatever the locale can encode
+        environ = self.environ(record.repo)
+        # A forge may tell of a push before it can be fetched.
+        environ["SERVER_UPDATE_EXPECT"] = record.expect or ""
         try:
-            run = Run(record.repo, command, self.environ(record.repo))
+            run = Run(record.repo, command, environ)
         except OSError as error:
             return failed("can't run %s" % error)
         timeout_s = self.setting("TIMEOUT", record.repo)
@@ -1940,6 +2071,10 @@ class HeaderReader:
         self.lines += 1
         return line
 
+    def read(self, most):
+        """What has come of a body."""
+        return self.file.read1(most)
+
     def close(self):
         self.file.close()
 
@@ -1947,8 +2082,10 @@ class HeaderReader:
 READS = ("GET", "HEAD")
 
 
-def methods_of(_path):
+def methods_of(path):
     """The methods that a path has."""
+    if path == "/hook":
+        return ["POST"]
     return READS
 
 
@@ -1986,12 +2123,6 @@ def parse_query(query):
     return values
 
 
-# What a connection is at: who is at one of the lowest rank gives way first, who is at it for
-# longer than it may last is dropped.
-Stage = namedtuple("Stage", "rank may_last_s")
-FOR_EVER = float("inf")
-
-
 class Connection(http.server.SimpleHTTPRequestHandler):
     """One connection in a thread of its own: its deadlines, its end, one answer a request."""
 
@@ -2004,12 +2135,14 @@ class Connection(http.server.SimpleHTTPRequestHandler):
     rbufsize = 512  # small, as there may be MAX_CONNECTIONS of them
     wbufsize = 2048  # one write an answer
 
-    # Those that wait for their peer give way first: see Server.drop_one.
-    READING = Stage(0, HEADER_TIMEOUT_S)
-    SENDING = Stage(0, FOR_EVER)
-    FOLLOWING = Stage(1, FOR_EVER)
-    ANSWERING = Stage(2, FOR_EVER)
-    DROPPED = Stage(3, FOR_EVER)
+    # What a connection is at. Up to SENDING it waits for its peer, and gives way to a new one
+    # before those that are at something later: see Server.drop_one.
+    READING, RECEIVING, RECEIVING_MUCH, SENDING, FOLLOWING, ANSWERING, DROPPED = range(7)
+    MAY_LAST_S = {
+        READING: HEADER_TIMEOUT_S,
+        RECEIVING: BODY_TIMEOUT_S,
+        RECEIVING_MUCH: BODY_TIMEOUT_S,
+    }
 
     def setup(self):
         if self.server.tls:
@@ -2028,10 +2161,10 @@ class Connection(http.server.SimpleHTTPRequestHandler):
 
     def gives_way(self):
         """What connections are sorted by: the first one gives way to a new one."""
-        return self.stage.rank, self.since
+        return max(self.stage, self.SENDING), self.since
 
     def is_late(self, now):
-        return now > self.since + self.stage.may_last_s
+        return now > self.since + self.MAY_LAST_S.get(self.stage, float("inf"))
 
     def finish(self):
         """Closes the connection; what its peer still sends comes first: else it gets no answer."""
@@ -2043,7 +2176,8 @@ class Connection(http.server.SimpleHTTPRequestHandler):
             # Input that is unread at the close makes the kernel drop what is still to be sent.
             socket.socket.shutdown(self.request, socket.SHUT_WR)
             self.request.settimeout(CLOSE_TIMEOUT_S)
-            self.request.recv(MAX_HEADER_BYTES)
+            while self.request.recv(MAX_HEADER_BYTES):
+                pass
         except OSError:
             pass  # the peer has gone
         finally:
@@ -2097,7 +2231,8 @@ class Connection(http.server.SimpleHTTPRequestHandler):
             self.server.guard.check_address(self.client_address[0])
         methods = methods_of(path)
         if self.command not in methods:
-            raise Refusal(405, "only " + " and ".join(methods), ("Allow", ", ".join(methods)))
+            allow = ("Allow", ", ".join(methods))
+            raise Refusal(405, "only " + " and ".join(methods), allow)
         return True
 
     def split_target(self):
@@ -2117,7 +2252,37 @@ class Connection(http.server.SimpleHTTPRequestHandler):
         """Nothing: see log()."""
 
     def handle_expect_100(self):
-        return True  # go on without a word: a body is not wanted
+        return True  # go on without a word: see read_body
+
+    def body_length(self):
+        """How many bytes the body has; Refusal where that is not said, or they are too many."""
+        text = ",".join(self.headers.get_all("Content-Length", []))
+        if not text or "Transfer-Encoding" in self.headers:
+            raise Refusal(411, "no Content-Length")
+        if not re.fullmatch("[0-9]{1,15}", text):
+            raise Refusal(400, "bad Content-Length")
+        if int(text) > MAX_BODY_BYTES:
+            raise Refusal(413, "a body of more than %d bytes" % MAX_BODY_BYTES)
+        return int(text)
+
+    def read_body(self, length):
+        """The parts of a body as they come; ConnectionError where it is cut off."""
+        self.enter(self.RECEIVING)
+        if length > MAX_READ_BODY_BYTES:
+            self.enter(self.RECEIVING_MUCH)
+            others = [one for one in list(self.server.handlers) if one.stage == self.stage]
+            if len(others) > MAX_LARGE_BODIES:
+                raise Refusal(503, "too many large bodies", RETRY_LATER)
+        if "Expect" in self.headers and self.request_version != "HTTP/1.0":
+            self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.wfile.flush()
+        while length:
+            part = self.rfile.read(min(length, 65536))
+            if not part:
+                raise ConnectionAbortedError("cut off in the middle of a body")
+            length -= len(part)
+            yield part
+        self.enter(self.ANSWERING)
 
     def send(self, status, value, *headers):
         """Sends a whole answer: a text, or anything else as JSON."""
@@ -2158,6 +2323,14 @@ class Handler(Connection):
 
     do_HEAD = do_GET
 
+    def do_POST(self):
+        path, query = self.split_target()
+        if not self.server.guard.needs_signature():
+            raise Refusal(403, "no hooks without a secret")
+        if not read_proofs(self.headers):
+            raise Refusal(401, "proof missing or wrong")
+        self.answer(path, parse_query(query))
+
     def check_signature(self):
         signatures = self.headers.get_all("X-Server-Update-Signature", [])
         now = int(time.time())
@@ -2166,14 +2339,19 @@ class Handler(Connection):
 
     def answer(self, path, parameters):
         """Answers what only who may ask gets an answer to."""
-        if "repo" in parameters:
-            self.server.guard.check_repo(parameters["repo"])
+        repo = parameters.get("repo")
+        if repo is not None:
+            self.server.guard.check_repo(repo)
         if path == "/status":
             self.answer_status(**parameters)
-        elif path in ("", "/", "/get", "/get/"):
-            self.answer_signal(**parameters)
-        else:
+        elif path not in ("", "/", "/get", "/get/", "/hook"):
             raise Refusal(404, "no such path")
+        elif repo is None:
+            raise Refusal(400, "no 'repo'")
+        elif path == "/hook":
+            self.answer_hook(**parameters)
+        else:
+            self.answer_signal(**parameters)
 
     def check_no_page(self):
         """A web page may not start anything, not even one that somebody on this network reads."""
@@ -2182,19 +2360,51 @@ class Handler(Connection):
         if "Origin" in self.headers or sites != ["none"]:
             raise Refusal(403, "a web page may not start an update")
 
-    def answer_signal(self, repo=None, ref=None, commit=None, by=None, note=None, via=None, **_):
+    def answer_signal(self, repo, ref=None, commit=None, by=None, note=None, via=None, **_):
         """Starts an update."""
         if self.command != "GET":
             raise Refusal(405, "only GET starts an update", ("Allow", "GET"))
-        if repo is None:
-            raise Refusal(400, "no 'repo'")
         self.check_no_page()
-        asked = {"pin": commit and commit.lower(), "by": by, "note": note, "via": via}
         self.server.updater.journal.floor.take(self.signed_at)
+        self.start(repo, ref, {
+            "pin": commit and commit.lower(),
+            "by": by,
+            "note": note,
+            "via": via,
+        })
+
+    def start(self, repo, ref, asked):
+        """Queues an update, and tells its id."""
         record = self.server.updater.take_signal(repo, ref, asked, self.client_address[0])
         told = {key: getattr(record, key) for key in ("repo", "update", "state", "ref")}
         location = "/status?repo=%s&update=%d" % (repo, record.update)
         self.send(202, told, ("Location", location))
+
+    def answer_hook(self, repo, ref=None, **_):
+        """Starts an update where a forge proves a push that means one; all others get a reason."""
+        keys = [make_hook_key(secret, repo, ref) for secret in self.server.guard.secrets]
+        text = self.read_proved(keys)
+        try:
+            by = find_forge(self.headers)
+            self.start(repo, ref, {"expect": find_pushed_commit(text, ref), "by": by})
+        except Ignored as ignored:
+            self.send(200, {"repo": repo, "ignored": str(ignored)})
+
+    def read_proved(self, keys):
+        """The JSON of a body, nothing of a large one; Refusal unless it is proved."""
+        length = self.body_length()
+        macs = [hmac.new(key, digestmod="sha256") for key in keys]
+        body = bytearray()
+        for part in self.read_body(length):
+            for mac in macs:
+                mac.update(part)
+            if length <= MAX_READ_BODY_BYTES:
+                body.extend(part)
+        text = find_payload(bytes(body))
+        # Gitea signs the JSON in a form, GitHub the form.
+        macs.extend(hmac.new(key, text, "sha256") for key in keys)
+        check_proofs(read_proofs(self.headers), keys, macs)
+        return text
 
     def answer_status(self, repo=None, update=None, wait="0", history="0", **_):
         """One repository's record, once it has ended or `wait` seconds are over; or all."""
@@ -2242,20 +2452,13 @@ class Handler(Connection):
             self.enter(self.SENDING)
             # http.server answers for this very file, whatever its name leads to by now.
             self.path = "/proc/self/fd/%d" % file.fileno()
-            self.send_file()
+            getattr(super(), "do_" + self.command)()
 
-    def send_file(self):
+    def copyfile(self, source, outputfile):
         """Sends a file at any speed its peer has, as long as it takes something now and then."""
-        file = self.send_head()
-        if not file:
-            return
-        with file:
-            while self.command == "GET":
-                part = file.read(65536)
-                if not part:
-                    return
-                self.wfile.write(part)
-                self.enter(self.SENDING)
+        for part in iter(lambda: source.read(65536), b""):
+            outputfile.write(part)
+            self.enter(self.SENDING)
 
     def translate_path(self, path):
         return path
@@ -2467,6 +2670,18 @@ def end_a_thread():
     thread.join()
 
 
+def print_hook_key(options):
+    """Prints the key to be entered at a forge; ValueError or OSError where there is none."""
+    name, *refs = options["hook_key"]
+    ref = " ".join(refs)  # no ref has a blank
+    if not is_repo_name(name) or ref and not is_ref(ref):
+        raise ValueError("bad name '%s' or ref '%s'" % (escape(name), escape(ref)))
+    guard = Guard(read_settings(os.environ, options, config_folder(__file__)))
+    if not guard.secrets:
+        raise ValueError("no secret; do: (umask 077; openssl rand -hex 32 >%s)" % guard.path)
+    print(make_hook_key(guard.secrets[0], name, ref).decode("ascii"))
+
+
 def serve_until_stopped(server):
     """Serves until service_actions says that no update runs any more, whatever happens."""
     while True:
@@ -2491,14 +2706,17 @@ def open_standard_files():
 
 
 def serve_or_say(options):
-    """Serves, or says why it can't; the exit status."""
+    """Serves or prints a key, or says why it can't; the exit status."""
     try:
-        serve(options)
+        if options["hook_key"]:
+            print_hook_key(options)
+        else:
+            serve(options)
     except (OSError, ValueError) as error:
         name = getattr(error, "filename", None)
         text = "can't use '%s': %s" % (name, error.strerror) if name else str(error)
         print("slave.py: %s" % text, file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
+        return 2 if isinstance(error, ValueError) or options["hook_key"] else 1
     return 0
 
 
@@ -2536,6 +2754,8 @@ def make_parser():
             text += " (%s)" % setting.default
         name = option_name(key)
         parser.add_argument(name, dest=name, metavar=key, help=text)
+    parser.add_argument("--hook-key", nargs="+", metavar=("NAME", "REF"),
+                        help="print the key for a forge's hook, and end")
     parser.add_argument("--version", action="version", version="slave.py " + VERSION)
     return parser
 
