@@ -754,21 +754,24 @@ def lock_folder(path, flags=os.O_RDONLY):
 
 
 def write_synced(path, content):
-    """Writes a file; once this returns, a loss of power does not lose what is in it."""
-    with open(path, "wb") as handle:
+    """Puts a file in its place, whole or not at all: a loss of power after this takes nothing.
+
+    (Of a new one once its folder is synced, too.)"""
+    beside = os.path.join(os.path.dirname(path), "record.tmp")
+    with open(beside, "wb") as handle:
         handle.write(content)
         handle.flush()
         os.fsync(handle.fileno())
+    os.rename(beside, path)
 
 
 class Change:
     """One change of one repository's records, which the journal's thread makes."""
 
-    def __init__(self, repo, method, args, is_forced):
+    def __init__(self, repo, method, args):
         self.repo = repo
         self.method = method  # of Records: from those before it to those after it
         self.args = args
-        self.is_forced = is_forced  # it is made in memory even if it can't be written
         self.outcome = None  # the Records after it, or the exception that came in their place
         self.is_settled = threading.Event()
 
@@ -781,7 +784,6 @@ class Journal:
     def __init__(self, folder):
         """Reads the state folder and takes it for this process alone; OSError where it can't."""
         self.folder = folder
-        self.beside = os.path.join(folder, "record.tmp")
         self.records = {}
         self.unread = set()  # repositories whose record is there, but can't be read now
         self.unsaved = set()  # those whose record is not on disk as it is in memory
@@ -791,8 +793,8 @@ class Journal:
         self.fds = []  # that hold the locks; the last one is the state folder
         self.take()
         # A disk that is full or read-only is told now, not at the first signal.
-        open(self.beside, "wb").close()
-        os.unlink(self.beside)
+        write_synced(self.path("test"), b"")
+        os.unlink(self.path("test"))
         for name in os.listdir(folder):
             if name.endswith(".json"):
                 self.load(name[:-len(".json")])
@@ -840,9 +842,9 @@ class Journal:
             log("%s is broken, kept as %s.json.broken: %r", path, repo, error)
         self.unread.discard(repo)
 
-    def commit(self, repo, method, *args, is_forced=False):
+    def commit(self, repo, method, *args):
         """Applies a method of Records; what it returns, once that is on disk, else OSError."""
-        change = Change(repo, method, args, is_forced)
+        change = Change(repo, method, args)
         self.changes.put(change)
         change.is_settled.wait()
         if isinstance(change.outcome, Exception):
@@ -887,11 +889,11 @@ class Journal:
         except Exception as error:
             log("can't write in %s: %s", self.folder, reason(error))
             with contextlib.suppress(OSError):
-                os.unlink(self.beside)
-            # Nothing of a batch counts but what has happened anyway: the start or end of a run.
+                os.unlink(os.path.join(self.folder, "record.tmp"))
             for change in batch:
                 change.outcome = error
-            after = self.make([change for change in batch if change.is_forced])
+            # Nothing of a batch counts but what has happened anyway: the start or end of a run.
+            after = self.make([change for change in batch if change.method != Records.accept])
         for repo, records in after.items():
             self.records[repo] = records
             # A repository of which nothing is remembered needs no memory.
@@ -921,8 +923,7 @@ class Journal:
     def save(self, repo, records):
         """Puts one file in its place, whole or not at all; its folder is synced later."""
         if records.all():
-            write_synced(self.beside, records.encode())
-            os.rename(self.beside, self.path(repo))
+            write_synced(self.path(repo), records.encode())
             return
         for name in (repo + ".json", repo + ".lock"):
             with contextlib.suppress(FileNotFoundError):
@@ -930,56 +931,6 @@ class Journal:
 
     def sync(self):
         os.fsync(self.fds[-1])
-
-
-class Floor:
-    """The newest time of any signed signal that was taken: after a start none is from before that.
-
-    So no signal is taken twice, although its nonce is forgotten by then. That its file is there
-    also tells that this slave has had a secret."""
-
-    def __init__(self, path):
-        """OSError where the file can't be looked at."""
-        self.path = path
-        self.lock = threading.Lock()
-        self.at_start = self.read()
-        self.newest = self.at_start
-        self.saved = self.at_start  # what is in the file
-
-    def read(self):
-        """What is in the file; 0 where there is none."""
-        if is_absent(self.path):
-            return 0
-        try:
-            return int(read_file(self.path))
-        except ValueError:  # it is broken: nothing is taken that may have been signed by now
-            return int(time.time()) + MAX_CLOCK_DIFFERENCE_S
-
-    def take(self, when):
-        """Takes a signal that was signed at `when`, None for one that was not, or a Refusal."""
-        if when is None:
-            return
-        if when <= self.at_start:
-            raise refusal_of_old(when, self.at_start)
-        with self.lock:
-            self.newest = max(self.newest, when)
-
-    def save(self):
-        """Writes the file, where it is gone or behind; its folder is to be synced."""
-        if self.newest > self.saved or self.newest and is_absent(self.path):
-            saved = self.newest + FLOOR_STEP_S
-            write_synced(self.path + ".tmp", b"%d\n" % saved)
-            os.rename(self.path + ".tmp", self.path)
-            self.saved = saved
-
-
-def refusal_of_old(when, floor):
-    """The Refusal of what was signed at `when`, as all up to `floor` may be a replay."""
-    wait_s = floor + 1 - when
-    text = "signed too long ago to be told from a replay; sign again in %d s" % wait_s
-    refusal = Refusal(503, text, ("Retry-After", str(wait_s)))
-    refusal.more = {"floor": floor}
-    return refusal
 
 
 # -- run: what is live, and a program that changes it -------------------------
@@ -1443,29 +1394,72 @@ def say_ended(record):
 
 # -- guard: who may ask for what ---------------------------------------------
 
+def refusal_of_old(when, floor):
+    """The Refusal of what was signed at `when`, as all up to `floor` may be a replay."""
+    wait_s = floor + 1 - when
+    text = "signed too long ago to be told from a replay; sign again in %d s" % wait_s
+    refusal = Refusal(503, text, ("Retry-After", str(wait_s)))
+    refusal.more = {"floor": floor}
+    return refusal
+
+
+class Floor:
+    """The newest time of any signed signal that was taken: after a start none is from before that.
+
+    So no signal is taken twice, although its nonce is forgotten by then. That its file is there
+    also tells that this slave has had a secret."""
+
+    def __init__(self, path):
+        """OSError where the file can't be looked at."""
+        self.path = path
+        self.lock = threading.Lock()
+        self.at_start = self.read()
+        self.newest = self.at_start  # rounded up
+
+    def read(self):
+        """What is in the file; 0 where there is none."""
+        if is_absent(self.path):
+            return 0
+        try:
+            return int(read_file(self.path))
+        except ValueError:  # it is broken: nothing is taken that may have been signed by now
+            return int(time.time()) + MAX_CLOCK_DIFFERENCE_S
+
+    def take(self, when):
+        """Takes a signal that was signed at `when`, or a Refusal."""
+        if when <= self.at_start:
+            raise refusal_of_old(when, self.at_start)
+        with self.lock:
+            if when > self.newest:
+                self.newest = when + FLOOR_STEP_S
+
+    def save(self):
+        """Writes the file where it is behind or gone; its folder is to be synced."""
+        if self.newest != self.read():
+            write_synced(self.path, b"%d\n" % self.newest)
+
+
 class Nonces:
     """The nonces of the requests that one key has signed, each of which is taken once."""
 
     def __init__(self):
         self.lock = threading.Lock()
-        self.times = {}  # {nonce: when it was signed}
-        self.floor = 0  # those that were signed at that time or before are forgotten
+        self.taken = set()
+        self.newest = 0  # time of one
+        self.floor = 0  # those that were signed by then are forgotten
 
     def take(self, nonce, when):
         """Refusal where it was taken before, or may have been."""
         with self.lock:
-            if len(self.times) >= MAX_NONCES:
-                self.forget_older_half()
+            if len(self.taken) >= MAX_NONCES:
+                self.taken.clear()
+                self.floor = self.newest
             if when <= self.floor:
                 raise refusal_of_old(when, self.floor)
-            if nonce in self.times:
+            if nonce in self.taken:
                 raise Refusal(401, "signature missing or wrong")
-            self.times[nonce] = when
-
-    def forget_older_half(self):
-        self.floor = sorted(self.times.values())[MAX_NONCES // 2]
-        newer = [(nonce, when) for nonce, when in self.times.items() if when > self.floor]
-        self.times = dict(newer)
+            self.taken.add(nonce)
+            self.newest = max(self.newest, when)
 
 
 class Guard:
@@ -1504,7 +1498,7 @@ class Guard:
         if not self.needs_signature():
             return None
         # Two signatures are as good as none: which of them would be meant?
-        match = SIGNATURE_RE.fullmatch(values[0]) if len(values) == 1 else None
+        match = SIGNATURE_RE.fullmatch(",".join(values))
         if not match:
             raise Refusal(401, "signature missing or wrong")
         when, nonce, mac = match.groups()
@@ -1538,45 +1532,46 @@ class Guard:
             raise Refusal(403, "not an allowed repository")
 
 
-def check_secret(guard, journal):
+def check_secret(guard, floor):
     """Marks that this slave has a secret; ValueError where it has none now, but had one once."""
-    floor = journal.floor
     if guard.secrets:
         floor.newest = max(floor.newest, 1)
         floor.save()
-        journal.sync()
     elif floor.at_start:
         raise ValueError("there was a secret here, and there is none in '%s'; bring it back or, "
                          "to serve without one, remove %s" % (guard.path, floor.path))
 
 
-class Hook:
-    """The pre-update hook. Once there is one, no update goes without it."""
+class Hooks:
+    """The pre-update hooks. Once there is one, no update goes without it."""
 
-    def __init__(self, folder, default):
-        """OSError where it can't be looked at; what a setting names must exist."""
-        if folder != default:
-            os.stat(folder)
-        self.path = os.path.join(folder, "pre-update")
-        self.is_there = not is_absent(self.path)
+    def __init__(self, settings):
+        """OSError where one can't be looked at; what a setting names must exist."""
+        self.there = set()  # folders that have one
+        default = os.path.join(settings["CONFIG"], "hooks")
+        for key, folder in settings.items():
+            if not key.startswith("HOOKS_DIR"):
+                continue
+            if folder != default:
+                os.stat(folder)
+            self.look(folder)
 
-    def check(self):
+    def look(self, folder):
+        """Whether there is one; OSError where that can't be known."""
+        is_there = not is_absent(os.path.join(folder, "pre-update"))
+        if is_there:
+            self.there.add(folder)
+        return is_there
+
+    def check(self, folder):
         try:
-            is_gone = is_absent(self.path)
+            is_there = self.look(folder)
         except OSError as error:
             raise Refusal(503, "can't look at the pre-update hook: " + reason(error), RETRY_LATER)
         # Who removes it on purpose has to say so, by a restart.
-        if is_gone and self.is_there:
+        if folder in self.there and not is_there:
             raise Refusal(503, "the pre-update hook is gone; if that is meant, restart the slave",
                           RETRY_LATER)
-        self.is_there = not is_gone
-
-
-def find_hooks(settings):
-    """{HOOKS_DIR: its Hook} for all that are set; OSError where one can't be looked at."""
-    default = os.path.join(settings["CONFIG"], "hooks")
-    return {folder: Hook(folder, default)
-            for key, folder in settings.items() if key.startswith("HOOKS_DIR")}
 
 
 # -- updater ------------------------------------------------------------------
@@ -1614,7 +1609,7 @@ class UpdateEnded:
                 log("%s: failed with exit status %s", name, run.status)
         except OSError as error:
             log("%s: can't run %s", name, error)
-        self.journal.commit(record.repo, Records.tell, record.update, is_forced=True)
+        self.journal.commit(record.repo, Records.tell, record.update)
 
 
 def make_relay_id(path):
@@ -1740,7 +1735,7 @@ class Updater:
     def __init__(self, settings, command):
         """What was queued or running when the slave ended is queued again; OSError: can't."""
         self.settings = settings
-        self.hooks = find_hooks(settings)
+        self.hooks = Hooks(settings)
         self.command = command  # slave-activate's path
         self.journal = Journal(os.path.join(settings["REPOS_DIR"], ".server-update"))
         self.told_to_stop = False  # set by a signal's handler, which may take no lock
@@ -1756,7 +1751,7 @@ class Updater:
         return own_setting(self.settings, key, repo)
 
     def check_hook(self, repo):
-        self.hooks[self.setting("HOOKS_DIR", repo)].check()
+        self.hooks.check(self.setting("HOOKS_DIR", repo))
 
     def tree(self, repo):
         """Where a repository's clone is, or would be."""
@@ -1777,7 +1772,7 @@ class Updater:
 
     def record(self, repo, method, *args):
         """Changes the records of a repository, in memory even where they can't be written."""
-        return self.journal.commit(repo, method, *args, is_forced=True)
+        return self.journal.commit(repo, method, *args)
 
     def take_signal(self, repo, ref, asked, peer):
         """Queues an update; its record, which is on disk then, or a Refusal."""
@@ -1979,23 +1974,28 @@ class Updater:
 # -- served file ------------------------------------------------------------------
 
 def find_clone(path, repos):
-    """The clone in `repos` that a path leads into first, by links too; None if into none."""
-    # Step by step, as a link in the clone itself must not be followed here.
+    """The clone that a path leads into, by links too; None if into none.
+
+    That is one in `repos`, or the innermost folder with a .git in it."""
+    clone = None
+    is_outside = True  # until a link in a clone is followed, which may lead to any other
     here = "/"
     parts = path.split("/")
     for _ in range(1000):  # links may go round in a circle
         if not parts:
             break
+        # Step by step, as a link in the clone itself must not be followed unseen.
         here = os.path.normpath(os.path.join(here, parts.pop(0)))
         if os.path.dirname(here) == repos:
             return here
         if os.path.islink(here):
-            target = os.readlink(here)
-            here = os.path.dirname(here)
-            if target.startswith("/"):
-                here = "/"
+            is_outside = not clone
+            target = os.path.join(os.path.dirname(here), os.readlink(here))
             parts = target.split("/") + parts
-    return None
+            here = "/"
+        elif is_outside and os.path.lexists(os.path.join(here, ".git")):
+            clone = here
+    return clone
 
 
 def is_content(path, clone):
@@ -2031,15 +2031,14 @@ class ServedFile:
             # Opened so, nothing happens to a device or a FIFO, and nothing is waited for.
             handle = os.open(self.path, os.O_PATH)
             try:
-                if not stat.S_ISREG(os.fstat(handle).st_mode):
-                    raise FileNotFoundError("not a file")
                 name = "/proc/self/fd/%d" % handle
-                if not clone or is_content(os.readlink(name), os.path.realpath(clone)):
+                is_shown = not clone or is_content(os.readlink(name), os.path.realpath(clone))
+                if is_shown and stat.S_ISREG(os.fstat(handle).st_mode):
                     return open(name, "rb")
             finally:
                 os.close(handle)
             # It may be of the old clone, which has just been exchanged for a new one.
-        raise FileNotFoundError("it leads out of its clone")
+        raise FileNotFoundError("it leads out of its clone, or is no file")
 
 
 # -- handler: one connection ----------------------------------------------------
@@ -2365,7 +2364,8 @@ class Handler(Connection):
         if self.command != "GET":
             raise Refusal(405, "only GET starts an update", ("Allow", "GET"))
         self.check_no_page()
-        self.server.updater.journal.floor.take(self.signed_at)
+        if self.signed_at:
+            self.server.updater.journal.floor.take(self.signed_at)
         self.start(repo, ref, {
             "pin": commit and commit.lower(),
             "by": by,
@@ -2648,7 +2648,7 @@ def serve(options):
     end_a_thread()
     # What was queued starts once it listens.
     updater = Updater(settings, command)
-    check_secret(guard, updater.journal)
+    check_secret(guard, updater.journal.floor)
     server = Server(updater, guard, served_file)
     log("slave.py %s, settings and keys in %s", VERSION, folder)
     if not guard.secrets:

@@ -277,11 +277,13 @@ def test_a_floor_that_is_broken_or_gone(signed_slave):
 
 def test_a_floor_that_cannot_be_written_is_an_honest_503(signed_slave):
     now = int(time.time())
-    (signed_slave.state / "signed.tmp").mkdir()
+    kept = signed_slave.state / "signed"
+    kept.rename(signed_slave.state / "aside")
+    kept.mkdir()
     status, _, body = signal_at(signed_slave, now)
     assert (status, body) == (503, {"error": "can't record the update: Is a directory"})
     assert not list(signed_slave.state.glob("*.json"))
-    (signed_slave.state / "signed.tmp").rmdir()
+    kept.rmdir()
     assert signal_at(signed_slave, now)[0] == 202
 
 
