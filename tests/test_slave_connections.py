@@ -434,6 +434,47 @@ def test_a_link_into_a_clone_is_followed_within_it(start_slave, tmp_path):
     assert slave.get("/")[0] == 404
 
 
+@pytest.mark.parametrize("target, shown", [
+    ("../other/page", False),
+    ("{outside}", False),
+    (".git/config", False),
+    ("folder/real", True),
+])
+def test_no_link_of_a_clone_elsewhere_leads_out_of_it(start_slave, tmp_path, target, shown):
+    """A clone that isn't in REPOS_DIR, within another one, by a link of the administrator's."""
+    site = tmp_path / "srv" / "site"
+    for folder in (site / ".git", site / "folder", tmp_path / "srv" / "other"):
+        folder.mkdir(parents=True)
+    (tmp_path / "srv" / ".git").write_text("gitdir: elsewhere")
+    (site / ".git" / "config").write_text(SECRET)
+    (tmp_path / "srv" / "other" / "page").write_text(SECRET)
+    (tmp_path / "outside").write_text(SECRET)
+    (site / "folder" / "real").write_text("real")
+    (site / "page").symlink_to(target.format(outside=tmp_path / "outside"))
+    (tmp_path / "www").symlink_to(site)
+    slave = start_slave(args=[tmp_path / "www" / "page"])
+    status, _, body = slave.get("/")
+    if shown:
+        assert (status, body) == (200, b"real")
+    else:
+        assert (status, SECRET.encode() in body) == (404, False)
+
+
+def test_a_clone_in_repos_dir_is_the_one_whatever_is_around_it(start_slave):
+    """As where a home is a clone, too, of settings."""
+    slave = start_slave(args=["www/page"])
+    (slave.home / ".git").mkdir()
+    (slave.home / "key").write_text(SECRET)
+    site = slave.repos / "site"
+    site.mkdir()
+    (slave.home / "www").symlink_to("repos/site")
+    (site / "page").symlink_to("../../key")
+    assert slave.get("/")[0] == 404
+    (site / "page").unlink()
+    (site / "page").write_text("fine")
+    assert slave.get("/")[2] == b"fine"
+
+
 def test_a_link_outside_of_all_clones_is_the_administrators(start_slave, tmp_path):
     (tmp_path / "real").write_text("fine")
     (tmp_path / "link").symlink_to("real")
