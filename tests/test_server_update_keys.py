@@ -215,7 +215,7 @@ def test_a_slave_that_has_just_started_is_waited_for(farm, update, master_key):
 def test_a_slave_that_starts_for_ever_has_failed_by_the_timeout(farm, update):
     entry = farm.add(late(1000, updates()))
     busy = farm.add(error("503 Later", "too much is queued", "Retry-After: 1\r\n"))
-    done = update([entry, busy], "--json", "--retries=0", "--timeout=3")
+    done = update([entry, busy], "--json", "--retries=0", "--timeout=5")
     assert done.outcomes == {entry: "failed", busy: "failed"}
     message = "this slave has just started: signed too early (HTTP 503)"
     assert done.results[entry]["message"] == message

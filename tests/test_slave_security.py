@@ -227,7 +227,7 @@ def test_a_replay_after_a_restart(signed_slave):
     status, _, body = ask(signed_slave, "/status?repo=hanuman", when=when)
     assert status == 200, "a poll is no signal: %r" % body
     assert signal_at(signed_slave, floor)[0] == 503
-    wait_until(lambda: time.time() > floor + 1, 15, what="a fresh time")
+    wait_until(lambda: time.time() > floor + 1, what="a fresh time")
     assert ask(signed_slave)[0] == 202, "whoever signs again gets through"
     assert signed_slave.get("/?repo=hanuman", headers=headers)[0] == 401, "its nonce is known now"
 
@@ -238,13 +238,13 @@ def test_two_masters_whose_clocks_differ_are_both_taken(signed_slave):
         assert signal_at(signed_slave, when)[0] == 202, "while it runs the clocks may differ"
     signed_slave.stop()
     signed_slave.start()
-    told = {}
+    told, later = {}, int(time.time())
     for behind in (0, 60):
-        status, headers, body = signal_at(signed_slave, int(time.time()) - behind)
+        status, headers, body = signal_at(signed_slave, later - behind)
         assert status == 503
         told[behind] = int(headers["Retry-After"])
         assert now + 60 <= body["floor"] <= now + 65
-    assert 59 <= told[60] - told[0] <= 61, "each is told how long it takes by its own clock"
+    assert told[60] - told[0] == 60, "each is told how long it takes by its own clock"
     assert signal_at(signed_slave, now + 66)[0] == 202
 
 
