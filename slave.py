@@ -5,6 +5,7 @@
     slave.py ~/repos/site/index.html             the same, and serve that file at /
     GET /?repo=NAME[&ref=REF]                    start an update: 202 and its id, as JSON
     GET /status[?repo=NAME[&update=ID&wait=S]]   what is live, and how updates ended
+    GET /metrics                                 the same in Prometheus's text format
     GET /healthz                                 200 once it serves
 
 Settings: KEY=value lines in /etc/server-update/slave.conf, SERVER_UPDATE_KEY variables, options;
@@ -28,6 +29,7 @@ import errno
 import fcntl
 import fnmatch
 import hmac
+import html
 import http.server
 import ipaddress
 import json
@@ -394,6 +396,7 @@ SUBMODULES     yes or no: clone them (yes)
 SECRET_FILE    keys, a line each, else /etc/server-update/secret if it exists
 ALLOW_FROM     addresses and networks that may ask, else all
 ALLOW_REPOS    globs of repositories that may be updated, else all
+VIEW_FROM      addresses and networks that may read /status and /metrics unsigned
 SLAVELIST      slaves beneath: they follow each update of this one
 RELAY_OPTIONS  options of server-update for them
 TLS_CERT       certificate chain (PEM): serve https
@@ -410,6 +413,7 @@ PARSERS = {
     "SECRET_FILE": parse_path,
     "ALLOW_FROM": parse_networks,
     "ALLOW_REPOS": parse_globs,
+    "VIEW_FROM": parse_networks,
     "SLAVELIST": parse_path,
     "RELAY_OPTIONS": parse_relay_options,
     "TLS_CERT": parse_path,
@@ -553,8 +557,11 @@ def next_update_id(newest, now):
     return max(int(now * 1000), before + 1)
 
 
-class Records(namedtuple("Records", "ended running queued", defaults=((), None, None))):
-    """What is remembered of one repository's updates, oldest first; nothing here changes it."""
+class Records(namedtuple("Records", "ended running queued counts",
+                         defaults=((), None, None, Counter()))):
+    """What is remembered of one repository's updates, oldest first; nothing here changes it.
+
+    `counts` is how many have ended with which outcome since the slave began."""
 
     def all(self):
         unfinished = [record for record in (self.running, self.queued) if record]
@@ -601,8 +608,13 @@ class Records(namedtuple("Records", "ended running queued", defaults=((), None, 
         done = begun.running._replace(finished=now, **changes)
         # Who is bad beneath is told of the newest alone.
         before = [record._replace(beneath_bad=None) for record in self.ended]
-        ended = (*before, done)[-MAX_ENDED:]
-        return begun._replace(ended=ended, running=None)
+        ended = (*before, done)
+        # When something went live last is known however many updates have failed since.
+        lived = [record for record in ended if record.state == "live"][-1:]
+        remembered = [*lived, *ended[-MAX_ENDED:]]
+        kept = [record for record in ended if record in remembered]
+        counts = self.counts + Counter([outcome(done)])
+        return begun._replace(ended=tuple(kept), running=None, counts=counts)
 
     def tell(self, update):
         """update-ended has run for an update."""
@@ -1392,6 +1404,216 @@ def say_ended(record):
     return record.message
 
 
+# -- views: what is seen from outside; pure ----------------------------------
+
+# What Prometheus is told: samples are repeated for each repository.
+METRICS = """\
+# HELP server_update_updates_total Updates that have ended since the slave began.
+# TYPE server_update_updates_total counter
+server_update_updates_total{repo="%(repo)s",outcome="live"} %(live)s
+server_update_updates_total{repo="%(repo)s",outcome="hook failed"} %(hook failed)s
+server_update_updates_total{repo="%(repo)s",outcome="beneath failed"} %(beneath failed)s
+server_update_updates_total{repo="%(repo)s",outcome="failed"} %(failed)s
+# HELP server_update_updating Whether an update is queued or runs.
+# TYPE server_update_updating gauge
+server_update_updating{repo="%(repo)s"} %(updating)s
+# HELP server_update_last_update_success Whether it ended as live, also beneath.
+# TYPE server_update_last_update_success gauge
+server_update_last_update_success{repo="%(repo)s"} %(success)s
+# HELP server_update_last_update_timestamp_seconds When the last update ended.
+# TYPE server_update_last_update_timestamp_seconds gauge
+server_update_last_update_timestamp_seconds{repo="%(repo)s"} %(ended)s
+# HELP server_update_last_live_timestamp_seconds When an update went live last.
+# TYPE server_update_last_live_timestamp_seconds gauge
+server_update_last_live_timestamp_seconds{repo="%(repo)s"} %(lived)s
+# HELP server_update_live_commit_info The commit that is live.
+# TYPE server_update_live_commit_info gauge
+server_update_live_commit_info{repo="%(repo)s",commit="%(commit)s"} 1
+# HELP server_update_beneath Slaves beneath, by how the last update ended there.
+# TYPE server_update_beneath gauge
+%(beneath)s"""
+INFO = """\
+# HELP server_update_info The version that runs.
+# TYPE server_update_info gauge
+server_update_info{version="%s"} 1
+""" % VERSION
+BENEATH = 'server_update_beneath{repo="%s",outcome="%s"} %d\n'
+
+
+def measure(now, records):
+    """What METRICS needs to know of a repository; `now` is its newest record as it looks now."""
+    last = now  # that has ended
+    if records.ended and not now.finished:
+        last = records.ended[-1]
+    lived = [record.finished for record in records.ended if record.state == "live"]
+    counts = (last.beneath or {}).items()
+    values = now._asdict()
+    values.update(dict.fromkeys(OUTCOMES[:4], 0))
+    values.update(records.counts)
+    values["updating"] = int(not now.finished)
+    values["success"] = int(outcome(last) == "live")
+    values["ended"] = last.finished or 0
+    values["lived"] = max(lived, default=0)
+    # Only server-update's own words are in there: see sum_counts.
+    lines = [BENEATH % (now.repo, *count) for count in counts]
+    values["beneath"] = "".join(lines)
+    return values
+
+
+def format_metrics(measured):
+    """Prometheus's text format, of what measure() made of each repository."""
+    text = INFO
+    for line in METRICS.splitlines(keepends=True):
+        if line.startswith("#"):
+            text += line
+        else:
+            text += "".join(line % values for values in measured)
+    return text
+
+
+# What the page says that a repository is at, the worst first, and what is to be done about it.
+ADVICE = {
+    "failed": "What was live before still is. Once that is mended:",
+    "beneath failed": "It is live here. To try those beneath again:",
+    "hook failed": "It is live, but its hook has not done all. Once that is mended:",
+    "not there": "Nothing is live. If the name is right, have it made:",
+    "running": "",
+    "queued": "",
+    "live": "",
+}
+MAX_UNFOLDED = 3  # slaves beneath, where there are several repositories
+# The only style that a browser takes is the page's own, by its hash; scripts it takes none.
+PAGE_POLICY = ("default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+               "style-src 'sha256-qyuaMO+szCW8hFqJ1v+Z0fcUMRJVaK1w7OjIHJVV24A='")
+PAGE_HEADERS = (("Content-Security-Policy", PAGE_POLICY), ("X-Content-Type-Options", "nosniff"))
+PAGE = """\
+<!DOCTYPE html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="refresh" content="30">
+<title>%(summary)s \u2013 %(host)s</title>
+<style>
+:root {
+  --paper: #fff; --ink: #1c2024; --soft: #60646c; --line: #e2e4e9; --link: #0b5cad;
+  --bad: #b3261e; --bad-paper: #fdf0ee; --busy: #8a5a00; --good: #1a7f37;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --paper: #14171a; --ink: #e6e8eb; --soft: #a3a9b0; --line: #2c3136; --link: #7ab7ff;
+    --bad: #ff9a8f; --bad-paper: #2b1b1a; --busy: #f0c060; --good: #6fd08c;
+  }
+}
+* { box-sizing: border-box; }
+body {
+  margin: 0 auto; padding: 1.5rem 1.25rem; max-width: 100rem; background: var(--paper);
+  color: var(--ink); font: 15px/1.45 system-ui, sans-serif; overflow-wrap: anywhere;
+}
+h1 { margin: 0; font-size: 1.35rem; }
+p { margin: .2rem 0 1.2rem; }
+p, i, em, th { color: var(--soft); font-style: normal; }
+td > i, em { display: block; }
+a { color: var(--link); }
+code { font: .93em ui-monospace, monospace; }
+table { width: 100%%; table-layout: fixed; border-collapse: collapse; }
+th { text-align: left; font-size: .85rem; }
+th, td { padding: .45rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top; }
+th.name { width: 15%%; }
+th.state { width: 9.6rem; }
+th.commit { width: 6rem; }
+th.ref { width: 11%%; }
+th.since { width: 6.8rem; }
+th.by { width: 17%%; }
+td.name, td.state { font-weight: 600; }
+.failed .state, .not .state { color: var(--bad); }
+.running .state, .queued .state { color: var(--busy); }
+.live .state { color: var(--good); }
+.failed td, .not td { background: var(--bad-paper); }
+.live em, .running em, .queued em, .bad- { display: none; }
+ul { margin: .2rem 0; padding-left: 1.1rem; }
+@media (max-width: 60rem) {
+  body { padding: 1rem .75rem; }
+  thead, td:empty { display: none; }
+  table, tbody { display: block; }
+  tr { display: grid; grid-template-columns: 1fr auto; margin-bottom: .8rem; padding: .4rem 0;
+    border: 1px solid var(--line); }
+  .failed, .not { border-color: var(--bad); background: var(--bad-paper); }
+  td { grid-column: 1 / -1; padding: .1rem .75rem; border: 0; }
+  td::before { content: attr(data-label); margin-right: .5rem; color: var(--soft); }
+  .name, .commit { grid-column: 1; }
+  .state, .since { grid-column: 2; }
+  .commit, .since { grid-row: 2; }
+  .name::before, .state::before, .message::before { content: none; }
+  .state, .since { text-align: right; }
+}
+</style>
+<h1>%(summary)s</h1>
+<p>%(host)s \u00b7 server-update %(version)s \u00b7 <a href="?">all</a></p>
+<table>
+<thead><tr><th class="name">Repository<th class="state">State<th class="commit">Commit
+<th class="ref">Ref<th class="since">Since (UTC)<th class="by">By<th class="message">Message
+<tbody>
+"""
+ROW = """\
+<tr class="%(state)s">
+<td class="name" data-label="Repository"><a href="?repo=%(repo)s">%(repo)s</a></td>
+<td class="state" data-label="State">%(state)s</td>
+<td class="commit" data-label="Commit" title="%(commit)s"><code>%(commit).7s</code></td>
+<td class="ref" data-label="Ref">%(ref)s</td>
+<td class="since" data-label="Since">%(since)s</td>
+<td class="by" data-label="By">%(by)s<i>%(note)s</i></td>
+<td class="message">%(message)s <em>%(advice)s <code>server-update %(repo)s</code></em>
+<details class="bad-%(named)s" %(fold)s><summary>Not good, by name: %(named)s</summary><ul>"""
+BAD = """
+<li><b>%(slave)s</b> %(outcome)s <i>%(message)s</i>"""
+
+
+def state_of(now):
+    """Which line of ADVICE a repository is at; `now` is its newest record as it looks now."""
+    if not now.finished:
+        return now.state
+    if not now.commit:
+        return "not there"
+    return outcome(now)
+
+
+def fill(template, **fields):
+    """HTML in which no field is markup, nor moves or hides what is beside it."""
+    for key, value in fields.items():
+        fields[key] = html.escape(escape(str(value or "")))
+    return template % fields
+
+
+def format_row(now, state, is_alone):
+    """A row of the page; all is unfolded in one that is alone."""
+    bad = now.beneath_bad or []
+    since = time.gmtime(now.finished or now.started or now.requested)
+    fields = now._asdict()
+    fields.update(state=state, advice=ADVICE[state])
+    fields["named"] = len(bad)
+    fields["fold"] = "open" if is_alone or len(bad) <= MAX_UNFOLDED else ""
+    text = fill(ROW, since=time.strftime("%Y-%m-%d %H:%M:%S", since), **fields)
+    for slave in bad:
+        text += fill(BAD, **slave)
+    return text + "</ul></details></td></tr>\n"
+
+
+def format_page(records, host):
+    """The page of these repositories, each its newest record as it looks now."""
+    summary = []
+    rows = ""
+    for state in ADVICE:
+        found = [now for now in records if state_of(now) == state]
+        if found:
+            summary.append("%d %s" % (len(found), state))
+        for now in found:
+            rows += format_row(now, state, len(records) == 1)
+    head = ", ".join(summary) or "no repository yet"
+    page = fill(PAGE, summary=head, host=host, version=VERSION)
+    return page + rows + "</table>"
+
+
 # -- guard: who may ask for what ---------------------------------------------
 
 def refusal_of_old(when, floor):
@@ -1518,12 +1740,13 @@ class Guard:
                 return secret
         raise Refusal(401, "signature missing or wrong")
 
-    def check_address(self, text):
-        networks = self.settings["ALLOW_FROM"]
-        if not networks:
-            return
+    def is_from(self, key, text):
+        """Whether an address is in one of the networks of a setting."""
         address = ipaddress.ip_address(text.partition("%")[0])
-        if not any(address in network for network in networks):
+        return any(address in network for network in self.settings[key] or [])
+
+    def check_address(self, text):
+        if self.settings["ALLOW_FROM"] and not self.is_from("ALLOW_FROM", text):
             raise Refusal(403, "not from this address")
 
     def check_repo(self, repo):
@@ -1956,15 +2179,17 @@ class Updater:
                 wait_s = deadline - time.monotonic()
 
     def status(self, repo, update=None):
-        """What /status tells of an update, or of the newest one; None where there is none."""
+        """The record of an update, or the newest one as it looks now; None where there is none."""
         self.forget_removed(repo)
         record = self.find(repo, update)
-        if not record:
-            return None
-        if record == self.find(repo, None):
-            # Somebody may have put another commit live by hand, or removed the tree.
-            record = found_live(record, read_live_commit(self.tree(repo)))
-        return told(record)
+        if repo in self.journal.unread:
+            message = "its record can't be read; the log says why"
+            record = Record(repo, 0, None, "failed", 0, message=message)
+            record = record._replace(finished=time.time())
+        elif not record or record != self.find(repo, None):
+            return record
+        # Somebody may have put another commit live by hand, or removed the tree.
+        return found_live(record, read_live_commit(self.tree(repo)))
 
     def history(self, repo):
         """What /status tells of all updates of a repository that are remembered, newest first."""
@@ -2283,16 +2508,16 @@ class Connection(http.server.SimpleHTTPRequestHandler):
             yield part
         self.enter(self.ANSWERING)
 
-    def send(self, status, value, *headers):
-        """Sends a whole answer: a text, or anything else as JSON."""
+    def send(self, status, value, *headers, kind="text/plain"):
+        """Sends a whole answer: a text of that kind, or anything else as JSON."""
         if isinstance(value, str):
-            kind = "text/plain"
-            body = value.encode("ascii") + b"\n"
+            body = value.encode("utf-8") + b"\n"
         else:
             kind = "application/json"
             body = json.dumps(value).encode("ascii") + b"\n"
         self.send_response(status)
         self.send_header("Content-Type", kind)
+        self.send_header("Vary", "Accept")  # what is told at /status depends on it
         self.send_header("Content-Length", str(len(body)))
         for header in headers:
             self.send_header(*header)
@@ -2317,7 +2542,10 @@ class Handler(Connection):
         elif path in ("", "/") and not has_repo(query):
             self.answer_front(self.server.served_file)
         else:
-            self.check_signature()
+            guard = self.server.guard
+            is_viewer = guard.is_from("VIEW_FROM", self.client_address[0])
+            if not is_viewer or path not in ("/status", "/metrics"):
+                self.check_signature()
             self.answer(path, parse_query(query))
 
     do_HEAD = do_GET
@@ -2343,6 +2571,8 @@ class Handler(Connection):
             self.server.guard.check_repo(repo)
         if path == "/status":
             self.answer_status(**parameters)
+        elif path == "/metrics":
+            self.answer_metrics()
         elif path not in ("", "/", "/get", "/get/", "/hook"):
             raise Refusal(404, "no such path")
         elif repo is None:
@@ -2408,38 +2638,65 @@ class Handler(Connection):
 
     def answer_status(self, repo=None, update=None, wait="0", history="0", **_):
         """One repository's record, once it has ended or `wait` seconds are over; or all."""
-        updater = self.server.updater
         if repo is None:
-            self.send(200, self.all_status())
-            return
+            records = self.look_at_all()
+        else:
+            self.enter(self.FOLLOWING)
+            records = [self.follow(repo, update, float(wait))]
+        # What is liked best comes first, as all clients have it.
+        liked = self.headers.get("Accept", "").partition("application/json")[0]
+        if repo and history == "1":
+            updates = self.server.updater.history(repo)
+            self.send(200, {"repo": repo, "updates": updates})
+        elif "text/html" in liked:
+            page = format_page(records, self.headers.get("Host", ""))
+            self.send(200, page, *PAGE_HEADERS, kind="text/html; charset=utf-8")
+        elif repo:
+            self.send(200, told(records[0]))
+        else:
+            self.send(200, self.tell_all(records))
+
+    def follow(self, repo, update, wait_s):
+        """The record of an update, or the newest one, once it has ended or the time is over."""
+        updater = self.server.updater
         if repo in updater.journal.unread:
             raise Refusal(503, "its record can't be read", RETRY_LATER)
-        self.enter(self.FOLLOWING)
         if update is not None:
             update = int(update)
-        updater.wait_for_end(repo, update, min(float(wait), MAX_WAIT_S), self.check_peer)
-        told = updater.status(repo, update)
-        if not told:
+        updater.wait_for_end(repo, update, min(wait_s, MAX_WAIT_S), self.check_peer)
+        record = updater.status(repo, update)
+        if not record:
             raise Refusal(404, "no such update was asked for here")
-        if history == "1":
-            told = {"repo": repo, "updates": updater.history(repo)}
-        self.send(200, told)
+        return record
 
-    def all_status(self):
-        """What is told of all repositories; in short of those with nothing live, if it is much."""
+    def look_at_all(self):
+        """The newest record of each repository as it looks now."""
         updater = self.server.updater
         # A copy, as the journal goes on meanwhile.
-        told = [updater.status(name) for name in sorted(updater.journal.records.copy())]
-        repos = {record["repo"]: record for record in told if record}
+        names = updater.journal.unread.union(updater.journal.records.copy())
+        return [record for record in map(updater.status, sorted(names)) if record]
+
+    def tell_all(self, records):
+        """What is told of all repositories; in short of those with nothing live, if it is much."""
         # Who is bad beneath is told of one repository at a time.
-        for record in repos.values():
-            record["beneath_bad"] = None
+        repos = {record.repo: told(record) for record in records}
+        for fields in repos.values():
+            fields["beneath_bad"] = None
         # Strangers may have asked for a thousand names, each with a long note.
         if len(json.dumps(repos)) > MAX_STATUS_BYTES:
-            for record in repos.values():
-                if not record["commit"]:
-                    record.update(message="", by=None, note=None)
+            for fields in repos.values():
+                if not fields["commit"]:
+                    fields.update(message="", by=None, note=None)
         return {"version": VERSION, "repos": repos}
+
+    def answer_metrics(self):
+        records = self.server.updater.journal.records
+        measured = []
+        for now in self.look_at_all():
+            if now.commit:
+                before = records.get(now.repo, Records())
+                measured.append(measure(now, before))
+        self.send(200, format_metrics(measured), kind="text/plain; version=0.0.4; charset=utf-8")
 
     def answer_front(self, served):
         """The served file, or where there is none a word about what this is."""
