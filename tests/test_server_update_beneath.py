@@ -4,6 +4,7 @@ import json
 
 import pytest
 from farm import COMMIT, error, updates
+from product import daily
 
 BAD = [
     {"slave": "web3", "outcome": "unreachable", "message": "connection refused"},
@@ -92,17 +93,20 @@ def test_a_circle_is_refused(farm, update):
 
 @pytest.mark.parametrize(
     ("counts", "outcome"),
-    [
-        ({"live": 1, "of a later version": 1}, "beneath failed"),
-        ({"live": 1, "of a later version": 0}, "live"),
-        ({"live": -1}, "failed"),
-        ({"live": True}, "failed"),
-        ({"live": 1.5}, "failed"),
-        ({"live": None}, "failed"),
-        ({"live": 10**40}, "failed"),
-        ({"\x1b[2J" * 999: 1}, "beneath failed"),
-        ("many", "failed"),
-    ],
+    daily(
+        4,
+        [
+            ({"live": 1, "of a later version": 1}, "beneath failed"),
+            ({"live": 1, "of a later version": 0}, "live"),
+            ({"\x1b[2J" * 999: 1}, "beneath failed"),
+            ({"live": -1}, "failed"),  # it is asked again for some seconds, like all that follow
+            ({"live": True}, "failed"),
+            ({"live": 1.5}, "failed"),
+            ({"live": None}, "failed"),
+            ({"live": 10**40}, "failed"),
+            ("many", "failed"),
+        ],
+    ),
 )
 def test_counts_of_any_kind_are_counted_or_make_no_sense(farm, update, counts, outcome):
     entry = farm.add(relay(counts))

@@ -9,7 +9,7 @@ import time
 import pytest
 from activate_support import git, in_mounts
 from processes import wait_until
-from product import SHELLS
+from product import SHELLS, daily
 from upstream import run_git
 
 FORMAT = "--format=%(refname) %(objectname) %(*objectname)"
@@ -342,7 +342,7 @@ STOPS = [
 ]
 
 
-@pytest.mark.parametrize("stop", STOPS)
+@pytest.mark.parametrize("stop", daily(2, STOPS))
 def test_killed_in_the_middle_it_is_whole_after_the_next_update(mirror, upstream, stop):
     repo = upstream.create("r")
     mirror.update()
