@@ -3,6 +3,8 @@ them on broken copies of it, where each must fail.
 
 A scenario is a function of a Place; it raises (AssertionError mostly) where the promise is broken.
 """
+import hmac
+import http.client
 import json
 import os
 import re
@@ -482,10 +484,18 @@ class Forge:
         options = "--retries 0 --connect-timeout 2"
         self.relay = place.slave(SECRET_FILE=secret, SLAVELIST=slavelist, RELAY_OPTIONS=options)
 
-    def push(self, repo="site"):
-        """Signal the relay as a forge's push does: its answer's status."""
-        path = "/?repo=" + repo
-        return self.relay.get(path, headers=signature(path))[0]
+    def push(self, repo="site", key=None):
+        """Announce a push to the relay: its answer's status. key: made without the product."""
+        text = b'{"ref": "refs/heads/main", "repository": {"default_branch": "main"}}'
+        key = key or hook_key(repo)
+        proof = hmac.new(key, text, "sha256").hexdigest()
+        headers = {"X-Hub-Signature-256": "sha256=" + proof, "X-GitHub-Event": "push"}
+        request = http.client.HTTPConnection("127.0.0.1", self.relay.port, timeout=60)
+        try:
+            request.request("POST", "/hook?repo=" + repo, text, headers)
+            return request.getresponse().status
+        finally:
+            request.close()
 
     def record(self, slave):
         """The record of `site` of one of the two, None while there is none."""
@@ -499,6 +509,12 @@ class Forge:
             record = self.record(self.relay)
             return record if record and record["state"] in ("live", "failed") else None
         return wait_until(ended, 60, what="the end of the relay's update")
+
+
+def hook_key(repo, ref=""):
+    """The key of a hook, as bytes of hex."""
+    text = "server-update-hook-1\n%s\n%s" % (repo, ref)
+    return hmac.new(SECRET.encode(), text.encode(), "sha256").hexdigest().encode()
 
 
 def a_push_reaches_the_slaves_beneath(place):
@@ -546,6 +562,16 @@ def a_push_survives_a_kill_of_the_relay(place):
     check_clean(forge.slave.repos / "site", commit)
 
 
+def a_push_without_its_key_starts_nothing(place):
+    """Neither a wrong key nor the one of another repository; the right one does."""
+    forge = Forge(place)
+    for key in (b"0" * 64, SECRET.encode(), hook_key("another"), hook_key("site", "main")):
+        assert forge.push(key=key) == 401, key
+    assert forge.record(forge.relay) is None
+    assert forge.push() == 202
+    assert forge.wait_end()["state"] == "live"
+
+
 # The first of them are for every day, see test_scenarios.py.
 SCENARIOS = [
     what_is_told_as_live_is_live, different_commits_are_no_success,
@@ -559,5 +585,5 @@ SCENARIOS = [
     nothing_of_a_run_outlives_it, a_dead_slave_is_no_success, a_failed_update_is_no_success,
     a_replaced_update_is_no_success, a_restart_between_signal_and_outcome_is_seen_through,
     a_push_reaches_the_slaves_beneath, a_dead_slave_beneath_is_told,
-    a_push_survives_a_kill_of_the_relay,
+    a_push_survives_a_kill_of_the_relay, a_push_without_its_key_starts_nothing,
 ]

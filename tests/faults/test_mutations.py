@@ -154,6 +154,14 @@ def broken(self, record, changes):
     threading.Thread(target=original, args=(self, record, dict(changes)), daemon=True).start()
     return changes
 """, scenarios.a_push_survives_a_kill_of_the_relay),
+    Mutation("any proof of a push is a right one", "slave.py", "check_proofs", """
+def broken(*_):
+    pass
+""", scenarios.a_push_without_its_key_starts_nothing),
+    Mutation("a hook's key is for any repository", "slave.py", "make_hook_key", """
+def broken(secret, repo, ref):
+    return original(secret, "another", None)
+""", scenarios.a_push_without_its_key_starts_nothing),
     Mutation("the commit is not the slave's word", "server-update", "read_commit", """
 def broken(body, name):
     return original(body, "previous")
@@ -176,7 +184,7 @@ def test_the_suite_catches(mutation, tmp_path):
 
 
 def test_mutations_are_many_and_touch_every_script():
-    assert len(MUTATIONS) >= 30
+    assert len(MUTATIONS) >= 32
     assert {mutation.scenario for mutation in MUTATIONS} == set(scenarios.SCENARIOS)
     assert {mutation.script for mutation in MUTATIONS} == set(SCRIPTS)
 
