@@ -138,8 +138,8 @@ def test_without_following_a_signal_is_enough(server_update):
 
 
 def poll(server_update, ref=None, status=200, body=None, pin=None, is_pinned=False):
-    wanted = server_update.Wanted(REPO, ref, pin, is_pinned)
-    return server_update.judge_poll(reply(server_update, status, body), wanted, UPDATE)
+    args = argparse.Namespace(repo=REPO, ref=ref, commit=pin if is_pinned else None)
+    return server_update.judge_poll(reply(server_update, status, body), args, pin, UPDATE)
 
 
 def new_record(state="live", **more):

@@ -113,9 +113,9 @@ def test_no_key_is_made_of_a_mistake(run_script, tmp_path, lines, mode, entry, m
 
 def test_without_a_master_key_no_slave_has_a_key(server_update, monkeypatch, tmp_path, capsys):
     path = tmp_path / "master-key"
-    monkeypatch.setattr(server_update, "MASTER_KEY_FILE", str(path))
+    monkeypatch.setattr(server_update, "config_folder", lambda script: str(tmp_path))
     assert server_update.main(["--slave-key", "web1"]) == 2
-    advice = "there is no master key; do: (umask 077; openssl rand -hex 32 >%s)" % path
+    advice = "no master key; do: (umask 077; openssl rand -hex 32 >%s)" % path
     assert capsys.readouterr() == ("", "server-update: %s\n" % advice)
     make_secret(path, MASTER_KEY)
     assert server_update.main(["--slave-key", "web1"]) == 0

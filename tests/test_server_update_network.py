@@ -77,7 +77,7 @@ def test_no_more_in_flight_than_parallel_where_some_stall(
 
 def test_a_short_timeout_is_no_reason_not_to_ask(server_update, monkeypatch, farm, capsys):
     """So many slaves that each would be asked every 10 s are asked before their time is up."""
-    monkeypatch.setattr(server_update, "POLLS_PER_S", 1)
+    monkeypatch.setattr(server_update, "MAX_POLLS_PER_S", 1)
     entries, options = [farm.add(updates(0.2)) for _ in range(10)], ["--timeout=8", "--parallel=8"]
     assert run_in_process(server_update, monkeypatch, entries, *options) == 0
     assert "hanuman: 10 live of 10" in capsys.readouterr().out

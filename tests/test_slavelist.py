@@ -28,7 +28,7 @@ from product import ROOT
 )
 def test_every_form(server_update, entry, origin, path, query):
     slave = server_update.parse_slave(entry)
-    assert slave == (entry, origin, path, query)
+    assert slave == (entry, origin, path, query, ())
 
 
 @pytest.mark.parametrize(
@@ -206,4 +206,126 @@ def test_the_template_is_a_list_without_active_slaves(server_update):
     ]
     assert len(examples) >= 5
     for entry in examples:
-        assert server_update.parse_slave(entry).entry == entry
+        assert server_update.parse_slavelists([("l", entry.encode())])
+
+
+# -- ranges and groups
+
+
+def entries_of(server_update, text, *globs):
+    slaves = server_update.parse_slavelists([("l", text.encode())])
+    return [slave.entry for slave in server_update.choose_slaves(slaves, globs)]
+
+
+@pytest.mark.parametrize(
+    ("entry", "expected"),
+    [
+        ("web[01-03].example.org", "web01.example.org web02.example.org web03.example.org"),
+        ("db[1-3,7]:8000", "db1:8000 db2:8000 db3:8000 db7:8000"),
+        ("web[8-11]", "web8 web9 web10 web11"),
+        ("web[08-11]", "web08 web09 web10 web11"),
+        ("web[098-101]", "web098 web099 web100 web101"),
+        ("web[5]", "web5"),
+        ("r[1-2]n[3-4]", "r1n3 r1n4 r2n3 r2n4"),
+        ("[1-2]web", "1web 2web"),
+        ("10.0.0.[9-11]", "10.0.0.9 10.0.0.10 10.0.0.11"),
+        ("https://web[1-2]/x[1-2]?y=[3]", "https://web1/x[1-2]?y=[3] https://web2/x[1-2]?y=[3]"),
+        ("http://[::1]:8000/", "http://[::1]:8000/"),
+        ("[::1]", "[::1]"),
+    ],
+)
+def test_ranges(server_update, entry, expected):
+    """Padded as the first one is; in host names only."""
+    assert entries_of(server_update, entry) == expected.split()
+
+
+BAD_RANGE = "bad range '[%s]' (like [01-40] or [1-3,7])"
+ANSIBLE = "%r is of ansible; here: a slave or a [GROUP] a line"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("web[]", BAD_RANGE % ""),
+        ("web[7-3]", BAD_RANGE % "7-3"),
+        ("web[a-c]", BAD_RANGE % "a-c"),
+        ("web[1,]", BAD_RANGE % "1,"),
+        ("web[-1]", BAD_RANGE % "-1"),
+        ("web[1-2-3]", BAD_RANGE % "1-2-3"),
+        ("web[1 - 2]", BAD_RANGE % "1 - 2"),
+        ("web[١-٣]", BAD_RANGE % "١-٣"),
+        ("web[1234567890]", BAD_RANGE % "1234567890"),
+        ("[1web]", BAD_RANGE % "1web"),
+        ("[]", BAD_RANGE % ""),
+        ("web[1-", "bad slave 'web[1-' (host, host:port, [IPv6]:port or a URL)"),
+        ("web1:[80-81]", "bad port '[80-81]'"),
+        ("10.0.0.[255-256]", "bad host '10.0.0.256'"),
+        ("web[0-999999999]", "more than 1000000 slaves"),
+        ("web[0-999][0-1000]", "more than 1000000 slaves"),
+        ("[web:vars]", ANSIBLE % "[web:vars]"),
+        ("[web:children]", ANSIBLE % "[web:children]"),
+        ("web1 ansible_host=10.0.0.1", ANSIBLE % "web1 ansible_host=10.0.0.1"),
+        ("web\u200b1", r"bad host 'web\u200b1'"),
+    ],
+)
+def test_mistakes_in_ranges_and_groups_have_their_line(server_update, line, message):
+    with pytest.raises(ValueError) as caught:
+        server_update.parse_slavelists([("l", ("web1\n\n%s # x\nweb2" % line).encode())])
+    assert str(caught.value) == "l:3: " + message
+
+
+def test_no_more_than_a_million_slaves_over_all_lines(server_update, monkeypatch):
+    monkeypatch.setattr(server_update, "MAX_SLAVES", 10)
+    assert len(entries_of(server_update, "web[1-5]\nweb[3-8]\ndb[1-2]")) == 10
+    with pytest.raises(ValueError, match="^more than 10 slaves$"):
+        entries_of(server_update, "web[1-5]\nweb[3-8]\ndb[1-3]")
+
+
+LIST = """first
+[web]
+web[1-3]
+[db-1]
+db1:8000
+db[2-3]
+[both_2]
+http://web1:9999/
+db1:8000
+"""
+
+
+@pytest.mark.parametrize(
+    ("globs", "expected"),
+    [
+        ("", "first web1 web2 web3 db1:8000 db2 db3"),
+        ("web", "web1 web2 web3"),
+        ("db-?", "db1:8000 db2 db3"),
+        ("both_2", "web1 db1:8000"),  # in several groups, and signalled once
+        ("both_2 db-1", "web1 db1:8000 db2 db3"),
+        ("!web", "first db1:8000 db2 db3"),
+        ("web !web2", "web1 web3"),
+        ("!web2 web", "web1 web3"),
+        ("!web !db-1", "first"),
+        ("* !*[13]* !web2:9999", "first"),
+        ("first", "first"),
+    ],
+)
+def test_limit_takes_groups_and_leaves_out(server_update, globs, expected):
+    assert entries_of(server_update, LIST, *globs.split()) == expected.split()
+
+
+def test_a_group_ends_with_its_list(server_update):
+    lists = [("a", b"[web]\nweb1"), ("b", b"web2")]
+    slaves = server_update.parse_slavelists(lists)
+    assert [slave.groups for slave in slaves] == [("web",), ()]
+
+
+def test_a_hundred_thousand_slaves_from_one_line(server_update):
+    begun = time.process_time()
+    assert len(entries_of(server_update, "web[00001-100000].example.org")) == 100000
+    assert time.process_time() - begun < 30  # 1 s on an idle machine
+
+
+def test_names_beneath_ranges_are_told_plain(run_script, tmp_path):
+    (tmp_path / "l").write_text("[web]\nweb[1-2]:8000\ndb1\n")
+    done = run_script("server-update", "--dry-run", "--list", tmp_path / "l", "hanuman")
+    assert (done.returncode, done.stdout) == (0, "web1:8000\nweb2:8000\ndb1\n")
