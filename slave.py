@@ -43,8 +43,10 @@ import ssl
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+import zlib
 from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
@@ -120,6 +122,17 @@ BODY_TIMEOUT_S = 30  # in all
 MAX_BODY_BYTES = 25 << 20  # as much as a forge sends
 MAX_READ_BODY_BYTES = 256 << 10  # those that are larger are only proved
 MAX_LARGE_BODIES = 4  # at once
+
+# Clones from here
+MAX_GIT_CONNECTIONS = 1024  # in all, where somebody may clone
+MAX_GIT_RUNS = 8  # side by side
+MAX_GIT_BODY_BYTES = 16 << 20  # unpacked: what 300,000 commits take that somebody has
+MAX_ANSWER_BYTES = 4 << 30  # on disk; beyond it the next run waits until some of it is free
+KEEP_ANSWER_S = 60  # for those who ask the same a little later
+PART_BYTES = 65536  # that are read, unpacked and sent in one go
+CHUNK_RE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(;.*)?\r?\n")  # RFC 9112
+GIT_RE = re.compile(r"/git/([^/]+)\.git/(?:info/refs\?service=)?git-(upload|receive)-pack\??")
+GIT_PROTOCOLS = ("version=1", "version=2")
 
 # Signatures
 SIGNATURE_RE = re.compile(r"t=([0-9]{1,12}),n=([0-9a-f]{32}),s=([0-9a-f]{64})")
@@ -399,6 +412,7 @@ ALLOW_REPOS    globs of repositories that may be updated, else all
 VIEW_FROM      addresses and networks that may read /status and /metrics unsigned
 SLAVELIST      slaves beneath: they follow each update of this one
 RELAY_OPTIONS  options of server-update for them
+GIT_FROM       addresses and networks that may clone from here
 TLS_CERT       certificate chain (PEM): serve https
 TLS_KEY        its key, where that is not in TLS_CERT
 """
@@ -416,6 +430,7 @@ PARSERS = {
     "VIEW_FROM": parse_networks,
     "SLAVELIST": parse_path,
     "RELAY_OPTIONS": parse_relay_options,
+    "GIT_FROM": parse_networks,
     "TLS_CERT": parse_path,
     "TLS_KEY": parse_path,
 }
@@ -427,7 +442,7 @@ SETTINGS = {
 
 # What KEY.NAME may set for the repository NAME alone; what slave-activate is told.
 OWN_SETTINGS = ("BASE_URL", "HOOKS_DIR", "SUBMODULES", "TIMEOUT")
-ACTIVATE_SETTINGS = ("REPOS_DIR", *OWN_SETTINGS)
+ACTIVATE_SETTINGS = ("REPOS_DIR", "GIT_FROM", *OWN_SETTINGS)
 
 
 def option_name(key):
@@ -968,13 +983,16 @@ def read_ref(git, name):
         return b""
 
 
+def git_environ():
+    """The environment without what may lead git to another repository."""
+    return {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+
+
 def ask_git(git):
     """The commit of HEAD as git tells it, however refs are kept; nothing where there is none."""
-    # None of these may lead git to another repository.
-    environ = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
     command = ["git", "--git-dir", git, "rev-parse", "-q", "--verify", "HEAD^{commit}"]
     null = subprocess.DEVNULL
-    done = subprocess.run(command, env=environ, timeout=GIT_TIMEOUT_S, stdin=null,
+    done = subprocess.run(command, env=git_environ(), timeout=GIT_TIMEOUT_S, stdin=null,
                           stdout=subprocess.PIPE, stderr=null)
     return done.stdout.strip()
 
@@ -1404,6 +1422,117 @@ def say_ended(record):
     return record.message
 
 
+# -- git: what may be cloned from here, by git's own upload-pack ---------------
+
+# What somebody has just been told of is sent, even if no ref leads to it any more.
+UPLOAD_PACK = shlex.split("git -c safe.directory=* -c uploadpack.allowAnySHA1InWant=true "
+                          "upload-pack --strict --stateless-rpc")
+SERVICE_LINE = b"001e# service=git-upload-pack\n0000"  # before refs, up to protocol 1
+
+
+def nameless_file(folder):
+    return tempfile.TemporaryFile(dir=folder)
+
+
+class Answer:
+    """What upload-pack answers, in a file that all who ask the same read while it grows."""
+
+    def __init__(self, folder, repo, protocol, body):
+        """Starts it; OSError where it can't."""
+        self.readers = set()
+        self.used = 0  # when it was asked for last
+        self.file = nameless_file(folder)
+        command = [*UPLOAD_PACK, "%s/%s.git" % (folder, repo)]
+        if not body:
+            command.insert(-1, "--advertise-refs")
+            if protocol != "version=2":
+                self.file.write(SERVICE_LINE)
+                self.file.flush()
+        environ = dict(git_environ(), GIT_PROTOCOL=protocol)
+        with nameless_file(folder) as stdin:
+            stdin.write(body)
+            stdin.seek(0)
+            self.process = subprocess.Popen(
+                command, env=environ, start_new_session=True,
+                stdin=stdin, stdout=self.file, stderr=subprocess.DEVNULL)
+
+    def is_running(self):
+        return self.process.poll() is None
+
+    def size(self):
+        return os.fstat(self.file.fileno()).st_size
+
+    def parts(self, check_peer):
+        """Yields all of it as it comes, then b""; ConnectionError where git has failed.
+
+        Calls `check_peer`, which raises where nobody waits for it any more."""
+        sent = 0
+        while True:
+            status = self.process.poll()
+            part = os.pread(self.file.fileno(), PART_BYTES, sent)
+            if not part and status is None:
+                time.sleep(POLL_S)
+                check_peer()
+                continue
+            if not part and status != 0:
+                raise ConnectionAbortedError("git upload-pack has failed")
+            yield part
+            if not part:
+                return
+            sent += len(part)
+
+
+class Mirrors:
+    """The mirrors that slave-activate keeps; what many ask alike, one run of git answers."""
+
+    def __init__(self, settings, is_stopping):
+        self.folder = os.path.join(settings["REPOS_DIR"], ".server-update")
+        self.timeout_s = settings["TIMEOUT"]
+        self.is_stopping = is_stopping
+        self.lock = threading.Lock()  # for the next one
+        self.answers = {}  # {(repository, protocol, body, state of its refs): Answer}
+
+    def ask(self, reader, *asked):
+        """The Answer for a handler, which may still grow; None: it is not yet its turn.
+
+        Asked for is a repository by a protocol; an empty body wants its refs. Refusal where there
+        is no mirror."""
+        try:
+            refs = os.stat("%s/%s.git/packed-refs" % (self.folder, asked[0]))
+        except OSError:
+            raise Refusal(404, "no mirror here; where GIT_FROM is set, an update makes one")
+        # A new file is there before the old one goes, so no two states have both in common.
+        asked += (refs.st_ino, refs.st_mtime_ns)
+        with self.lock:
+            answer = self.answers.get(asked)
+            # One that has failed is not told again.
+            if not answer or answer.process.poll():
+                if not self.has_room():
+                    return None
+                answer = Answer(self.folder, *asked[:3])
+                self.answers[asked] = answer
+            answer.readers.add(reader)
+            answer.used = time.monotonic()
+        return answer
+
+    def has_room(self):
+        answers = self.answers.values()
+        is_full = sum(map(Answer.size, answers)) > MAX_ANSWER_BYTES
+        is_busy = sum(map(Answer.is_running, answers)) >= MAX_GIT_RUNS
+        return not is_full and not is_busy and not self.is_stopping()
+
+    def tend(self):
+        """Called twice a second: ends what takes too long, and forgets what nobody asks for."""
+        now = time.monotonic()
+        with self.lock:
+            for asked, answer in list(self.answers.items()):
+                unused_s = now - answer.used
+                is_late = unused_s > self.timeout_s or self.is_stopping()
+                is_ended = answer.is_running() and (is_late or not answer.readers)
+                if is_ended:
+                    signal_group(answer.process.pid, signal.SIGKILL)
+                if is_ended or unused_s > KEEP_ANSWER_S:
+                    del self.answers[asked]
 # -- views: what is seen from outside; pure ----------------------------------
 
 # What Prometheus is told: samples are repeated for each repository.
@@ -1963,6 +2092,7 @@ class Updater:
         self.journal = Journal(os.path.join(settings["REPOS_DIR"], ".server-update"))
         self.told_to_stop = False  # set by a signal's handler, which may take no lock
         self.queue = Queue()
+        self.mirrors = Mirrors(settings, self.is_stopping)
         self.update_ended = UpdateEnded(settings, self.journal, self.is_stopping)
         self.relay = None
         if settings["SLAVELIST"]:
@@ -2079,7 +2209,8 @@ class Updater:
         """What slave-activate finds in its environment."""
         environ = dict(os.environ)
         for key in ACTIVATE_SETTINGS:
-            environ["SERVER_UPDATE_" + key] = str(self.setting(key, repo))
+            # Of GIT_FROM it wants to know whether it is set, not how that is written.
+            environ["SERVER_UPDATE_" + key] = str(self.setting(key, repo) or "")
         return environ
 
     def activate(self, record):
@@ -2145,6 +2276,7 @@ class Updater:
             with contextlib.suppress(OSError):
                 self.take_up(repo)
         self.start_queued()
+        self.mirrors.tend()
         if self.told_to_stop:
             with self.journal.changed:
                 self.journal.changed.notify_all()  # who waits for an end hears how it is
@@ -2308,7 +2440,7 @@ READS = ("GET", "HEAD")
 
 def methods_of(path):
     """The methods that a path has."""
-    if path == "/hook":
+    if path == "/hook" or path.endswith(("/git-upload-pack", "/git-receive-pack")):
         return ["POST"]
     return READS
 
@@ -2361,7 +2493,7 @@ class Connection(http.server.SimpleHTTPRequestHandler):
 
     # What a connection is at. Up to SENDING it waits for its peer, and gives way to a new one
     # before those that are at something later: see Server.drop_one.
-    READING, RECEIVING, RECEIVING_MUCH, SENDING, FOLLOWING, ANSWERING, DROPPED = range(7)
+    READING, RECEIVING, RECEIVING_MUCH, SENDING, FOLLOWING, ANSWERING, FETCHING, DROPPED = range(8)
     MAY_LAST_S = {
         READING: HEADER_TIMEOUT_S,
         RECEIVING: BODY_TIMEOUT_S,
@@ -2497,15 +2629,20 @@ class Connection(http.server.SimpleHTTPRequestHandler):
             others = [one for one in list(self.server.handlers) if one.stage == self.stage]
             if len(others) > MAX_LARGE_BODIES:
                 raise Refusal(503, "too many large bodies", RETRY_LATER)
+        yield from self.receive([length])
+
+    def receive(self, sizes):
+        """Yields what comes of a body, one piece of these sizes after the other."""
         if "Expect" in self.headers and self.request_version != "HTTP/1.0":
             self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             self.wfile.flush()
-        while length:
-            part = self.rfile.read(min(length, 65536))
-            if not part:
-                raise ConnectionAbortedError("cut off in the middle of a body")
-            length -= len(part)
-            yield part
+        for size in sizes:
+            while size:
+                part = self.rfile.read(min(size, PART_BYTES))
+                if not part:
+                    raise ConnectionAbortedError("cut off in the middle of a body")
+                size -= len(part)
+                yield part
         self.enter(self.ANSWERING)
 
     def send(self, status, value, *headers, kind="text/plain"):
@@ -2531,7 +2668,98 @@ class Connection(http.server.SimpleHTTPRequestHandler):
         super().end_headers()
 
 
-class Handler(Connection):
+def unpack(parts):
+    """Yields what gzip had packed, in parts of PART_BYTES at most; Refusal where it is bad."""
+    unpacker = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
+    for part in parts:
+        while part:
+            try:
+                yield unpacker.decompress(part, PART_BYTES)
+            except zlib.error:
+                raise Refusal(400, "bad gzip")
+            part = unpacker.unconsumed_tail
+
+
+class GitHandler(Connection):
+    """What GIT_FROM may ask for: to clone and to fetch, by git's smart HTTP."""
+
+    def answer_git(self, path, query):
+        """Answers what is asked of upload-pack, and nothing else."""
+        guard = self.server.guard
+        if not guard.is_from("GIT_FROM", self.client_address[0]):
+            raise Refusal(403, "no clones from this address; see GIT_FROM")
+        match = GIT_RE.fullmatch(path + "?" + query)
+        if not match or not is_repo_name(match.group(1)):
+            raise Refusal(404, "no such path")
+        repo, kind = match.groups()
+        guard.check_repo(repo)
+        if kind == "receive":
+            raise Refusal(403, "it may only be read")
+        protocol = self.headers.get("Git-Protocol")
+        # As git does with what it doesn't know.
+        if protocol not in GIT_PROTOCOLS:
+            protocol = "version=0"
+        body = self.read_git_body()
+        answer = None
+        self.enter(self.FETCHING)
+        while not answer:
+            answer = self.server.updater.mirrors.ask(self, repo, protocol, body)
+            if not answer:
+                time.sleep(POLL_S)
+                self.check_peer()
+        try:
+            self.send_answer(answer)
+        finally:
+            answer.readers.discard(self)
+
+    def read_git_body(self):
+        """The body of a request, unpacked; nothing where there is none."""
+        body = bytearray()
+        if self.command != "POST":
+            return bytes(body)
+        self.enter(self.RECEIVING)
+        parts = self.receive(self.body_sizes())
+        if self.headers.get("Content-Encoding") in ("gzip", "x-gzip"):
+            parts = unpack(parts)
+        for part in parts:
+            body += part
+            if len(body) > MAX_GIT_BODY_BYTES:
+                raise Refusal(413, "a request of more than %d bytes" % MAX_GIT_BODY_BYTES)
+        return bytes(body)
+
+    def body_sizes(self):
+        """Yields the size of the body, or of each chunk that it comes in: RFC 9112."""
+        if "Transfer-Encoding" not in self.headers:
+            yield self.body_length()
+            return
+        size = None
+        while size != 0:
+            match = CHUNK_RE.fullmatch(self.rfile.file.readline(MAX_LINE_BYTES))
+            if not match:
+                raise Refusal(400, "bad chunk")
+            size = int(match.group(1), 16)
+            yield size
+            self.rfile.file.readline(MAX_LINE_BYTES)
+
+    def send_answer(self, answer):
+        """Sends what git answers as it comes; its end is told only where that is whole."""
+        kind = "result" if self.command == "POST" else "advertisement"
+        is_chunked = self.request_version != "HTTP/1.0"
+        self.send_response(200)
+        self.send_header("Content-Type", "application/x-git-upload-pack-" + kind)
+        self.send_header("Cache-Control", "no-cache")
+        if is_chunked:
+            self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        for part in answer.parts(self.check_peer):
+            if is_chunked:
+                part = b"%x\r\n%b\r\n" % (len(part), part)
+            self.wfile.write(part)
+
+
+class Handler(GitHandler):
     """What is asked, and what is answered, by http.server's flow: do_GET, do_HEAD."""
 
     def do_GET(self):
@@ -2541,6 +2769,8 @@ class Handler(Connection):
             self.send(200, "ok")
         elif path in ("", "/") and not has_repo(query):
             self.answer_front(self.server.served_file)
+        elif path.startswith("/git/"):
+            self.answer_git(path, query)
         else:
             guard = self.server.guard
             is_viewer = guard.is_from("VIEW_FROM", self.client_address[0])
@@ -2552,6 +2782,9 @@ class Handler(Connection):
 
     def do_POST(self):
         path, query = self.split_target()
+        if path.startswith("/git/"):
+            self.answer_git(path, query)
+            return
         if not self.server.guard.needs_signature():
             raise Refusal(403, "no hooks without a secret")
         if not read_proofs(self.headers):
@@ -2810,7 +3043,10 @@ class Server(http.server.ThreadingHTTPServer):
     def process_request(self, request, client_address):
         """Has a thread serve a new connection; RuntimeError, MemoryError where there is none."""
         # There is always room for a new one, or silent ones could shut everybody out.
-        room = max_connections() - len(self.handlers)
+        most = MAX_CONNECTIONS
+        if self.guard.settings["GIT_FROM"]:
+            most = MAX_GIT_CONNECTIONS
+        room = max_connections(most) - len(self.handlers)
         if room <= 0:
             self.drop_one()
         # Those that were dropped are closed by their threads, which may need a moment for it.
@@ -2853,13 +3089,13 @@ class Server(http.server.ThreadingHTTPServer):
             self.throttle.log("connection of %s: %r", client_address[0], error)
 
 
-def max_connections():
+def max_connections(most):
     """So many connections that files are left for all else."""
     # The limit may be changed from outside at any time.
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if files == resource.RLIM_INFINITY:
-        return MAX_CONNECTIONS
-    return max(1, min(MAX_CONNECTIONS, files - RESERVED_FILES))
+        return most
+    return max(1, min(most, files - RESERVED_FILES))
 
 
 def any_address():

@@ -395,6 +395,7 @@ def test_defaults(tmp_path, monkeypatch):
         "SLAVELIST": None,
         "RELAY_OPTIONS": None,
         "VIEW_FROM": None,
+        "GIT_FROM": None,
         "TLS_CERT": None,
         "TLS_KEY": None,
     }
