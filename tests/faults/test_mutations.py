@@ -162,6 +162,10 @@ def broken(*_):
 def broken(secret, repo, ref):
     return original(secret, "another", None)
 """, scenarios.a_push_without_its_key_starts_nothing),
+    Mutation("seen from outside all is live", "slave.py", "outcome", """
+def broken(record):
+    return "live"
+""", scenarios.a_failed_update_is_none_seen_from_outside),
     Mutation("the commit is not the slave's word", "server-update", "read_commit", """
 def broken(body, name):
     return original(body, "previous")
@@ -184,7 +188,7 @@ def test_the_suite_catches(mutation, tmp_path):
 
 
 def test_mutations_are_many_and_touch_every_script():
-    assert len(MUTATIONS) >= 32
+    assert len(MUTATIONS) >= 33
     assert {mutation.scenario for mutation in MUTATIONS} == set(scenarios.SCENARIOS)
     assert {mutation.script for mutation in MUTATIONS} == set(SCRIPTS)
 
