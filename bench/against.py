@@ -145,6 +145,7 @@ class Bench:
 
     def __init__(self, args, base, work, versions):
         self.quick, self.pairs = args.quick, args.pairs
+        self.rounds = 1
         self.base, self.work = base, work
         self.versions = versions
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """40 real slaves on this machine, all at once and 8 at a time: how long each takes, and the whole.
 
-    at_once.py --work DIR --results DIR [--quick]
+    at_once.py --work DIR --results DIR [--quick] [--rounds N]
 
 All slaves share this machine's processors and the one upstream, as slaves share a forge.
 """
@@ -17,7 +17,6 @@ import fleet
 import measure
 import upstream
 
-ROUNDS = 5
 SLAVES, QUICK_SLAVES = 40, 2
 WINDOW, QUICK_WINDOW = 8, 1
 ALL, WINDOWED = "all at once", "--at-once 8"
@@ -65,7 +64,7 @@ def main(argv):
             upstream.make(slaves.kind, slaves.bare)
             slaves.start()
             group = results.group(title, WINDOWED, **facts)
-            rounds, window = (1, QUICK_WINDOW) if args.quick else (ROUNDS, WINDOW)
+            rounds, window = (1, QUICK_WINDOW) if args.quick else (args.rounds, WINDOW)
             take_turns(slaves, group, rounds, window)
     finally:
         slaves.stop()

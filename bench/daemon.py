@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What a slave costs: memory, signals per second, how long they take, beside Flask and webhook.
 
-    daemon.py --work DIR --results DIR [--quick]
+    daemon.py --work DIR --results DIR [--quick] [--rounds N]
 
 All three run the same script for a signal, one that ends at once. slave.py writes each signal to
 disk before it answers, and runs the script once for all the signals that came meanwhile; the
@@ -20,7 +20,6 @@ import clients
 import measure
 import sshd
 
-ROUNDS = 5
 SECONDS = 0.6
 NUMBERS = (1, 16, 256)
 SOME, MANY = 10000, 100000
@@ -135,7 +134,7 @@ def measure_rates(args, results, whos):
     for number in NUMBERS[:2] if args.quick else NUMBERS:
         title = f"Signals from {number} client" + ("s" if number > 1 else "")
         groups[number] = results.group(title, OURS, kind="daemon", situation=str(number))
-    for turn in range(1 if args.quick else ROUNDS):
+    for turn in range(1 if args.quick else args.rounds):
         for who in measure.in_turn(whos, turn):
             slave = Slave(who, args.work)
             try:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """A signal to many slaves: server-update beside curl -Z, xargs and curl, and the shells over ssh.
 
-    fanout.py --work DIR --results DIR [--quick]
+    fanout.py --work DIR --results DIR [--quick] [--rounds N] [--all]
 
 The slaves are addresses of 127.0.0.0/8, answered by slaves.py; those that are dead drop packets.
 """
@@ -16,7 +16,6 @@ import measure
 import slaves
 import sshd
 
-ROUNDS = 5
 OURS = "server-update"
 CURL, XARGS = "curl -Z", "xargs -P64 curl"
 CONNECT_S = 4
@@ -197,19 +196,23 @@ def measure_all(args, results):
         return
     for number in (10, 100, 1000, 10000):
         measure_signals(args, results, number, 0.0, False)
-        measure_signals(args, results, number, DELAY_S, False)
-        if number >= DEAD_EVERY:
+        if args.all:
+            measure_signals(args, results, number, DELAY_S, False)
+        if args.all and number >= DEAD_EVERY:
             measure_signals(args, results, number, 0.0, True, SHORT_CONNECT_S)
+        if number == 10000 or args.all and number >= DEAD_EVERY:
             connect_s = CONNECT_S if number == 10000 else SHORT_CONNECT_S
             measure_signals(args, results, number, DELAY_S, True, connect_s)
     measure_followed(args, results, 10000, UPDATE_S)
-    measure_shells(args, results, 10)
+    if args.all:
+        measure_shells(args, results, 10)
     measure_shells(args, results, 100)
 
 
 def main(argv):
     args = measure.parser(__doc__).parse_args(argv)
-    args.rounds = 1 if args.quick else ROUNDS
+    if args.quick:
+        args.rounds = 1
     os.makedirs(os.path.join(args.work, "home"), exist_ok=True)
     with measure.kept_results("fanout", args.results) as results:
         measure_all(args, results)

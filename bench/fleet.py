@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """A whole update followed to its end on real slaves on this machine, beside ansible and pdsh.
 
-    fleet.py --work DIR --results DIR [--quick]
+    fleet.py --work DIR --results DIR [--quick] [--rounds N]
 
 Every slave is a slave.py in a process of its own with a clone of its own; for the peers every
 slave is a folder of its own behind an sshd. All of them work on the machine that is the master.
@@ -18,7 +18,6 @@ import measure
 import sshd
 import upstream
 
-ROUNDS = 5
 SLAVES = 50
 OURS = "server-update"
 KIND = "files-500"
@@ -183,7 +182,7 @@ def main(argv):
             if not os.path.exists(fleet.bare):
                 upstream.make(fleet.kind, fleet.bare)
             fleet.start()
-            take_turns(fleet, results.group(title, OURS), 1 if args.quick else ROUNDS)
+            take_turns(fleet, results.group(title, OURS), 1 if args.quick else args.rounds)
     finally:
         fleet.stop()
         server.stop()

@@ -19,6 +19,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 # bench/run measures copies of the scripts, so that they may be edited meanwhile
 PRODUCT = os.environ.get("BENCH_PRODUCT") or os.path.dirname(HERE)
 SAMPLE_S = 0.002
+ROUNDS = 3
 
 
 class Failed(Exception):
@@ -200,6 +201,8 @@ def parser(doc):
     found.add_argument("--work", required=True, help="an empty folder to work in")
     found.add_argument("--results", required=True, help="the folder that the values go to")
     found.add_argument("--quick", action="store_true", help="tiny sizes, one round")
+    found.add_argument("--rounds", type=int, default=ROUNDS, help="runs of each (%(default)s)")
+    found.add_argument("--all", action="store_true", help="also what takes long")
     return found
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How soon people and programs get what they wait for: the first sign, an answer, the end.
 
-    prompt.py --work DIR --results DIR [--quick]
+    prompt.py --work DIR --results DIR [--quick] [--rounds N]
 
 The tests hold that these come at all; how fast a machine is that does other things meanwhile is
 no matter for a test. Each has a bound in claims.py.
@@ -21,7 +21,6 @@ import fanout
 import fleet
 import measure
 
-ROUNDS = 5
 SLAVES, QUICK_SLAVES = 10000, 10
 UPDATE_S = 60  # of slaves that are interrupted before
 UNDER_WAY_S, QUICK_UNDER_WAY_S = 5, 0.5
@@ -131,7 +130,7 @@ def measure_all(args, results):
     under_way_s = QUICK_UNDER_WAY_S if args.quick else UNDER_WAY_S
     slaves = fanout.Fleet(args.work, number, update_s=UPDATE_S)
     try:
-        for turn in range(1 if args.quick else ROUNDS):
+        for turn in range(1 if args.quick else args.rounds):
             work = os.path.join(args.work, f"slave{turn}")
             found = slave_values(work)
             found["a mistake is told"] = mistake_s(work)

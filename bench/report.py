@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
-"""Prints the results' tables and writes them to docs/benchmarks.md, with a plot beside it.
+"""Prints the results' tables, and writes them to docs/benchmarks.md.
 
     report.py --results DIR [--work DIR] [--out FILE.md]
 
-Ratios first, absolute figures second; medians throughout.
+The page has ratios of medians; beside it are FILE.json with all figures, and a plot.
 """
 
 import argparse
 import json
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -21,21 +22,24 @@ import plot
 HEAD = """# Benchmarks
 
 Made by `sh bench/run` on {date}; not to be edited (the last part is `bench/notes.md`).
-Medians of {runs} runs in turns, unless a note says otherwise.
+Medians of {runs} runs in turns; the fastest and the slowest, CPU, disk and memory are in
+[{data}]({data}).
 
 ![time and memory]({picture})
 """
 SHOWN = "## What was to be shown\n"
 RATIOS = """## Ratios
 
-How many times the value of the bold row each of the others has. The times to a first result, and
-those during which a reader found files missing or of two commits, are as they are.
+What is bold is as it was measured; the others took so many times that. For how long a reader found
+files missing or of two commits is as it is.
 """
-ABSOLUTE = """## Absolute figures
-
-"CPU" is of the command and all that it starts (not of the server it asks), "extra disk" and
-"memory" are the most at any moment beyond what was there before, in one more run that was watched.
-"""
+# Tables with a group a line: their headings, the kinds of groups, the metrics that get one each.
+FAMILIES = [
+    ("Updates", r"tiny|middle|files-\d+|given", ["seconds", "wire", "broken"]),
+    ("A signal to all slaves", r"signal-\d+|followed", ["seconds"]),
+    ("A command over ssh, beside a signal", "shells", ["seconds", "cpu"]),
+    ("Signals that a slave takes", "daemon", ["rate", "p99"]),
+]
 FLASK = "import importlib.metadata as m; print('Flask ' + m.version('flask'))"
 TOOLS = [
     ("git", "--version"),
@@ -92,12 +96,28 @@ def times(value):
     return f"{value:,.{0 if value >= 20 else 1 if value >= 2 else 2}f} ×"
 
 
-def medians(group):
-    """{who: {metric: median}} of a group."""
-    return {
-        result["who"]: {
-            metric: statistics.median(values) for metric, values in result["values"].items()
+def summary(group):
+    """A group with the median, the fastest and the slowest run in place of all its values."""
+    results = [
+        {
+            "who": result["who"],
+            "runs": max(map(len, result["values"].values()), default=0),
+            "values": {metric: spread(values) for metric, values in result["values"].items()},
         }
+        for result in group["results"]
+    ]
+    return dict(group, results=results)
+
+
+def spread(values):
+    figures = (statistics.median(values), min(values), max(values))
+    return dict(zip(("median", "min", "max"), (float(f"{one:.4g}") for one in figures)))
+
+
+def medians(group):
+    """{who: {metric: median}} of a summary."""
+    return {
+        result["who"]: {metric: one["median"] for metric, one in result["values"].items()}
         for result in group["results"]
     }
 
@@ -113,35 +133,56 @@ def table(head, rows):
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
 
 
+def cell(values, ours, metric, is_ours):
+    """A figure where it is ours or has no ratio, else how many times ours it is."""
+    value, base = values.get(metric), ours.get(metric)
+    if value is None:
+        return ""
+    if is_ours or metric in NO_RATIO:
+        return figure(value, METRICS[metric][1])
+    return times(value / base) if base else ""
+
+
 def ratio_table(group):
-    """How many times ours each contestant took; what has no ratio as it is."""
+    """A contestant a line, a metric a column."""
     found, shown = medians(group), columns(group)
     ours = found.get(group["ours"], {})
     rows = []
     for who, values in found.items():
-        row = [f"**{who}**" if who == group["ours"] else who]
-        for metric in shown:
-            if metric not in values:
-                row.append("")
-            elif metric in NO_RATIO:
-                row.append(figure(values[metric], METRICS[metric][1]))
-            else:
-                row.append(times(values[metric] / ours[metric]) if ours.get(metric) else "")
-        rows.append(row)
+        is_ours = who == group["ours"]
+        row = [cell(values, ours, metric, is_ours) for metric in shown]
+        rows.append([f"**{who}**" if is_ours else who, *row])
     return table([""] + [METRICS[metric][0] for metric in shown], rows)
 
 
+def family_table(groups, metric):
+    """A group a line, a contestant a column."""
+    whos = list(dict.fromkeys(who for group in groups for who in medians(group)))
+    whos = [who for who in whos if any(metric in medians(group).get(who, {}) for group in groups)]
+    rows = []
+    for group in groups:
+        found, ours = medians(group), group["ours"]
+        values = [
+            cell(found.get(who, {}), found.get(ours, {}), metric, who == ours) for who in whos
+        ]
+        if any(values):
+            rows.append([group["title"], *values])
+    owners = {group["ours"] for group in groups}
+    heads = [f"**{who}**" if who in owners else who for who in whos]
+    return table([METRICS[metric][0], *heads], rows)
+
+
 def absolute_table(group):
-    """Medians, and for the time also the fastest and the slowest run."""
+    """For the terminal: medians, and for the time also the fastest and the slowest run."""
     shown = columns(group)
     rows = []
     for result in group["results"]:
         row = [f"**{result['who']}**" if result["who"] == group["ours"] else result["who"]]
         for metric in shown:
-            values = result["values"].get(metric)
-            text = figure(statistics.median(values), METRICS[metric][1]) if values else ""
-            if metric == "seconds" and values and len(values) > 1:
-                text += f" ({figure(min(values), 's')} .. {figure(max(values), 's')})"
+            one = result["values"].get(metric)
+            text = figure(one["median"], METRICS[metric][1]) if one else ""
+            if metric == "seconds" and one and result["runs"] > 1:
+                text += f" ({figure(one['min'], 's')} .. {figure(one['max'], 's')})"
             row.append(text)
         rows.append(row)
     return table([""] + [METRICS[metric][0] for metric in shown], rows)
@@ -155,18 +196,14 @@ def read_results(folder):
         if os.path.exists(path):
             with open(path, encoding="utf-8") as handle:
                 found = json.load(handle)
-            groups += found["groups"]
+            groups += map(summary, found["groups"])
             dates.append(found["date"])
     return groups, max(dates, default="")
 
 
 def usual_runs(groups):
     """How many timed runs most contestants had."""
-    counts = [
-        len(result["values"].get("seconds", result["values"].get("rate", [])))
-        for group in groups
-        for result in group["results"]
-    ]
+    counts = [result["runs"] for group in groups for result in group["results"]]
     return max(counts, key=counts.count, default=0)
 
 
@@ -207,29 +244,53 @@ def machine(work):
     ]
 
 
-def section(text, groups, as_table):
-    """The text and every group's table, each with its note."""
-    parts = [text]
-    for group in groups:
-        parts += [f"### {group['title']}\n", as_table(group)]
-        parts += [group["note"] + "\n"] if group["note"] else []
+def is_of(group, kinds):
+    rates = group.get("kind") == "daemon" and group.get("situation") == "memory"
+    return bool(re.fullmatch(kinds, group.get("kind") or "")) and not rates
+
+
+def ratios(groups):
+    """The families' tables, then those of groups that are in none."""
+    parts, left = [RATIOS], list(groups)
+    for heading, kinds, metrics in FAMILIES:
+        members = [group for group in groups if is_of(group, kinds)]
+        left = [group for group in left if group not in members]
+        if members:
+            parts.append(f"### {heading}\n")
+            parts += [family_table(members, metric) for metric in metrics]
+    for group in left:
+        parts += [f"### {group['title']}\n", ratio_table(group)]
+        parts += [group["note"] + "\n"] if group.get("note") else []
     return "\n".join(parts)
 
 
-def page(groups, date, work, picture):
-    """The whole of docs/benchmarks.md."""
+def page(groups, date, machine_lines, name):
+    """The whole of docs/benchmarks.md; name is what its plot and its data are called."""
     with open(os.path.join(HERE, "notes.md"), encoding="utf-8") as handle:
         notes = handle.read()
+    runs = usual_runs(groups)
+    head = HEAD.format(date=date, picture=name + ".svg", data=name + ".json", runs=runs)
     parts = [
-        HEAD.format(date=date, picture=picture, runs=usual_runs(groups)),
-        "".join(f"- {line}\n" for line in machine(work)),
+        head,
+        "".join(f"- {line}\n" for line in machine_lines),
         SHOWN,
         table(["", "measured", "holds"], claims.rows(groups, medians)),
-        section(RATIOS, groups, ratio_table),
-        section(ABSOLUTE, groups, absolute_table),
+        ratios(groups),
         notes,
     ]
     return "\n".join(parts)
+
+
+def as_json(groups, date, machine_lines):
+    """All figures, in seconds and MB ("broken" and "p99" in ms, "rate" in signals a second)."""
+    lines = [json.dumps(group, ensure_ascii=False) for group in groups]
+    head = json.dumps({"date": date, "machine": machine_lines}, ensure_ascii=False)
+    return head[:-1] + ', "groups": [\n' + ",\n".join(lines) + "\n]}\n"
+
+
+def write(path, text):
+    with open(path, "w", encoding="utf-8") as handle:
+        handle.write(text)
 
 
 def main(argv):
@@ -244,12 +305,12 @@ def main(argv):
     for group in groups:
         print(f"\n{group['title']}\n\n{absolute_table(group)}")
     if args.out:
-        picture = os.path.splitext(args.out)[0] + ".svg"
-        with open(picture, "w", encoding="utf-8") as handle:
-            handle.write(plot.picture(groups, medians))
-        with open(args.out, "w", encoding="utf-8") as handle:
-            handle.write(page(groups, date, args.work, os.path.basename(picture)))
-        print(f"bench: wrote {args.out} and {picture}")
+        base = os.path.splitext(args.out)[0]
+        lines = machine(args.work)
+        write(base + ".svg", plot.picture(groups, medians))
+        write(base + ".json", as_json(groups, date, lines))
+        write(args.out, page(groups, date, lines, os.path.basename(base)))
+        print(f"bench: wrote {args.out}, and beside it {base}.json and {base}.svg")
 
 
 if __name__ == "__main__":

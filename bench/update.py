@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """One slave's update, beside what people do instead: time, CPU, wire, disk, what a reader sees.
 
-    update.py --work DIR --results DIR [--quick | --upstream BARE_REPOSITORY]
+    update.py --work DIR --results DIR [--rounds N] [--all] [--quick | --upstream BARE_REPOSITORY]
 
 Contestants take turns: in each round upstream gets its commit, everything is flushed to disk, and
 each brings its own clone up to date. A last round, not timed, watches tree, disk and memory.
@@ -14,7 +14,6 @@ import sys
 import measure
 import upstream
 
-ROUNDS = 5
 SITUATIONS = {"unchanged": 0, "one small commit": 1, "1,000 changed files": 1000}
 LIMIT = "the limit"
 OURS = "slave-activate"
@@ -71,7 +70,7 @@ class Contest:
     def __init__(self, args, server, kind, products=None):
         """products: where a contestant's own version of our scripts is (measure.PRODUCT)."""
         self.work, self.server, self.kind = args.work, server, kind
-        self.rounds = 1 if args.quick else ROUNDS
+        self.rounds = 1 if args.quick else args.rounds
         self.products = products or {}
         self.bare = os.path.join(args.work, "upstream", kind + ".git")
         self.url = f"{server.url}/{kind}.git"
@@ -248,8 +247,8 @@ def measure_all(args, server, results):
     situations = list(SITUATIONS)
     rows = [
         ("tiny", "A tiny repository", situations[:2]),
-        ("middle", "A middle repository", situations),
-        ("files-50000", "A repository of many files", situations),
+        ("middle", "A middle repository", situations if args.all else situations[:2]),
+        ("files-50000", "A repository of many files", situations if args.all else situations[1:2]),
     ]
     if args.quick:
         rows = [("smoke", "A repository for a quick look", situations[:2])]

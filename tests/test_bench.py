@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 import pytest
 from product import ROOT
 
+MAX_LINES = 250
 REPORT = str(ROOT / "bench" / "report.py")
 
 
@@ -51,18 +52,37 @@ def rows(text, who):
     return [line for line in text.splitlines() if line.startswith(heads)]
 
 
-def test_ratios_come_first_and_are_of_medians(page):
+def test_ratios_are_of_medians_and_figures_beside_the_page(page, tmp_path):
     ours = {"seconds": [0.2, 9.0, 0.25], "wire": [0.003], "broken": [0]}
     clone = {"seconds": [2.0, 2.0, 99.0], "wire": [105.0], "broken": [1234]}
     text = page(group("A repository", slave_activate=ours, git_clone=clone))
-    ratio, absolute = rows(text, "git-clone")
-    assert ratio == "| git-clone | 8.0 × | 35,000 × | 1,234 ms |"
-    assert absolute == "| git-clone | 2.00 s (2.00 s .. 99.0 s) | 105 MB | 1,234 ms |"
-    assert rows(text, "slave-activate") == [
-        "| **slave-activate** | 1.00 × | 1.00 × | 0 ms |",
-        "| **slave-activate** | 250 ms (200 ms .. 9.00 s) | 3 KB | 0 ms |",
-    ]
-    assert text.index("## Ratios") < text.index("## Absolute figures")
+    for metric, row in (
+        ("time", "| A repository | 250 ms | 8.0 × |"),
+        ("over the wire", "| A repository | 3 KB | 35,000 × |"),
+        ("missing or mixed", "| A repository | 0 ms | 1,234 ms |"),
+    ):
+        head = "| %s | **slave-activate** | git-clone |\n|---|---:|---:|\n" % metric
+        assert head + row + "\n" in text
+    found = json.loads((tmp_path / "page.json").read_text(encoding="utf-8"))
+    ours, clone = found["groups"][0]["results"]
+    assert ours["values"]["seconds"] == {"median": 0.25, "min": 0.2, "max": 9.0}
+    assert (clone["who"], clone["runs"]) == ("git-clone", 3)
+    assert clone["values"]["wire"]["median"] == 105
+
+
+def test_a_group_of_no_family_has_a_table_of_its_own(page):
+    one = group("Something else", slave_activate={"seconds": [0.2]}, other={"seconds": [0.5]})
+    text = page(dict(one, kind="else"))
+    assert rows(text, "slave-activate") == ["| **slave-activate** | 200 ms |"]
+    assert rows(text, "other") == ["| other | 2.5 × |"]
+
+
+def test_the_page_that_is_here_is_short_and_is_of_its_data():
+    text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= MAX_LINES
+    found = json.loads((ROOT / "docs" / "benchmarks.json").read_text(encoding="utf-8"))
+    titles = [one["title"] for one in found["groups"]]
+    assert len(titles) > 10 and all(title in text for title in titles)
 
 
 def test_a_bound_that_is_missed_says_no(page):
