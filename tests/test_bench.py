@@ -140,7 +140,7 @@ def test_every_row_works_at_its_smallest(tmp_path):
         assert title in text
     assert [path.name for path in (tmp_path / "bench").glob("work.*")] == []
     limit = [line for line in text.splitlines() if line.startswith("| the limit")]
-    assert len(limit) == 4  # unchanged and one small commit, ratio and absolute
+    assert len(limit) == 2  # unchanged and one small commit
 
 
 def test_an_unknown_row_is_a_mistake(tmp_path):

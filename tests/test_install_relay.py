@@ -8,7 +8,7 @@ import subprocess
 import pytest
 from install_support import files
 from processes import wait_until
-from product import SHELLS
+from product import PYTHON, SHELLS
 
 CONF = "etc/server-update/slave.conf"
 LIST = "etc/server-update/slavelist.txt"
@@ -114,6 +114,18 @@ def relay(installer, tmp_path, upstream):
 
     run.prefix, run.before, run.home = prefix, command, tmp_path
     return run
+
+
+def test_it_says_url_and_key_for_the_forge(relay):
+    out = relay("127.0.0.1:1", "--repo", "hanuman")
+    asked = "At the forge, a webhook for pushes, as JSON, to this URL, with this secret:\n"
+    url, key = out.partition(asked)[2].splitlines()
+    assert url == "  http://%s:0/hook?repo=hanuman" % os.uname().nodename
+    program = [PYTHON, "-I", str(relay.prefix / "bin/slave.py"), "--hook-key", "hanuman"]
+    told = subprocess.check_output([*relay.before, *program]).decode()
+    assert re.fullmatch(r"[0-9a-f]{64}\n", told) and key.strip() == told.strip()
+    out = relay()
+    assert "/hook?repo=NAME\n" in out and "slave.py' --hook-key NAME prints\n" in out
 
 
 def test_a_relay_that_was_just_installed_starts_and_tells_what_is_beneath(relay, tmp_path):
