@@ -14,6 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = Path(
     os.environ.get("SERVER_UPDATE_SOURCES", str(ROOT))
 )  # broken copies, see tests/faults
+VERSION = re.search(
+    '(?m)^VERSION = "(.+)"', (SOURCES / "slave.py").read_text(encoding="utf-8")
+).group(1)
 PYTHON = os.path.realpath(sys.executable)  # the scripts run under the Python that runs the tests
 SERVER_UPDATE = [PYTHON, "-I", str(SOURCES / "server-update")]
 

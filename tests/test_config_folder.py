@@ -5,7 +5,7 @@ import shutil
 import subprocess
 
 import pytest
-from product import SHELLS, SOURCES, copy_scripts
+from product import SHELLS, SOURCES, VERSION, copy_scripts
 from slave_support import SECRET, make_secret, runs, signature, stand_in, start_by_hand
 
 NOBODY = 65534
@@ -47,7 +47,7 @@ def test_settings_secret_and_hooks_of_a_prefix(slave, upstream):
     hooks = slave.etc / "hooks"
     slave.start()
     first = slave.log().splitlines()
-    assert any(line.endswith("slave.py 1.0, settings and keys in %s" % slave.etc)
+    assert any(line.endswith("slave.py %s, settings and keys in %s" % (VERSION, slave.etc))
                for line in first)
     assert slave.get("/?repo=a")[0] == 401
     upstream.create("hanuman", {"f": "1"})

@@ -60,6 +60,14 @@ def test_python_is_that_of_3_7_and_has_short_functions(name):
     assert {name: size for name, size in too_long.items() if size > MAX_FUNCTION_LINES} == {}
 
 
+def test_both_scripts_and_the_changes_have_one_version():
+    versions = {re.search('(?m)^VERSION = "(.+)"', text_of(name)).group(1)
+                for name in PYTHON_SCRIPTS}
+    assert len(versions) == 1
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.search(r"(?m)^## %s$" % re.escape(versions.pop()), changes)
+
+
 @pytest.mark.parametrize("name", PYTHON_SCRIPTS)
 def test_only_the_standard_library_is_imported(name):
     modules = set()

@@ -14,7 +14,7 @@ from signal import SIGINT, SIGTERM
 
 import pytest
 from processes import processes_below, rss_kib, wait_until
-from product import PYTHON
+from product import PYTHON, VERSION
 from slave_support import (
     ONE,
     SOON_ENDED,
@@ -315,7 +315,7 @@ def test_states_and_the_long_poll(start_slave, upstream):
 def test_unknown_updates_are_404(start_slave, upstream):
     slave = start_slave()
     stand_in(slave)
-    assert slave.json("/status") == {"version": "1.0", "repos": {}}
+    assert slave.json("/status") == {"version": VERSION, "repos": {}}
     error = {"error": "no such update was asked for here"}
     assert slave.json("/status?repo=hanuman&wait=9", status=404) == error
     update = slave.wait_update()["update"]
@@ -597,7 +597,7 @@ def test_help_and_version(run_script):
     assert done.returncode == 0
     for word in ("--base-url", "--tls-key", "GET /status", "SIGHUP"):
         assert word in done.stdout
-    assert run_script("slave.py", "--version").stdout == "slave.py 1.0\n"
+    assert run_script("slave.py", "--version").stdout == "slave.py %s\n" % VERSION
 
 
 # -- the served file
@@ -656,7 +656,7 @@ def test_without_a_file_the_front_says_what_this_is(start_slave):
         b"a server-update slave: /?repo=NAME starts an update\n"
     )
     assert slave.get("/?repo=hanuman", method="HEAD")[0] == 405
-    assert slave.json("/status") == {"version": "1.0", "repos": {}}
+    assert slave.json("/status") == {"version": VERSION, "repos": {}}
 
 
 def test_served_file_is_never_missing_during_updates(start_slave, upstream):

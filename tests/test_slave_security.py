@@ -17,7 +17,7 @@ from signal import SIGHUP
 import pytest
 from certificates import Authority
 from processes import wait_until
-from product import ROOT
+from product import ROOT, VERSION
 from slave_support import (
     ONE,
     SECRET,
@@ -412,7 +412,7 @@ def test_the_log_begins_with_the_settings_and_that_there_is_no_secret(start_slav
         pytest.skip("this machine has a secret of its own")
     slave = start_slave(BASE_URL="https://example.org/x")
     lines = [line.partition(" ")[2] for line in slave.log().splitlines()]
-    assert lines[0].startswith("slave.py 1.0, settings and keys in ")
+    assert lines[0].startswith("slave.py %s, settings and keys in " % VERSION)
     assert lines[1] == (
         "no secret: who can reach the port can have repositories of https://example.org/x updated "
         "here; to change that, put one into /etc/server-update/secret"
