@@ -154,6 +154,9 @@ def test_the_outcome_of_an_update(server_update):
     failed = poll(server_update, body=record("failed", message="no such\x07 branch"))
     assert failed[:3] == ("end", "failed", r"no such\x07 branch")
     assert poll(server_update, body=record(update=UPDATE + 5)).outcome == "live"
+    for said, told in (("no net", "a newer update failed: no net"), ("", "a newer update failed")):
+        newer = poll(server_update, body=record("failed", message=said, update=UPDATE + 5))
+        assert newer[:3] == ("end", "failed", told)
     assert poll(server_update, body=record(commit="-", previous=None)).commit is None
     for state in ("queued", "running"):
         assert poll(server_update, body=record(state))[:3] == ("wait", "timeout", "")

@@ -668,7 +668,7 @@ def test_a_mistake_of_ours_ends_it_all_the_same(farm, tmp_path):
     slavelist = tmp_path / "slavelist.txt"
     slavelist.write_text("%s\n%s\n" % (farm.add(mute), farm.add(updates())))
     script = tmp_path / "broken"
-    guard = '\nif __name__ == "__main__":\n    http.client'
+    guard = '\nif __name__ == "__main__":\n    http_client'
     text = Path(SCRIPT).read_text(encoding="utf-8")
     assert text.count(guard) == 1
     broken = "\ndef judge_poll(*_):\n    raise LookupError('lost')\n\n"
