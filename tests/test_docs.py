@@ -27,6 +27,8 @@ BY_TEST = {
     ("README.md", "curl "): "test_the_readme_is_followed_to_the_letter",
     ("operations.md", "journalctl"): "test_a_reload_reads_the_certificate_again",
     ("recipes.md", "server-update --batch 1,10"): "test_a_careful_rollout",
+    ("recipes.md", "docs/examples/check_server_update"): "test_the_nagios_plugin",
+    ("recipes.md", "server-update --status --json"): "test_the_textfile_for_node_exporter",
     ("recipes.md", "install -d /etc/server-update/hooks"): "test_uploads_are_kept",
     ("recipes.md", "install -d -o deploy"): "test_a_hook_of_a_user_has_a_service_restarted",
     ("security.md", "./install.sh master --new"): "test_the_readme_is_followed_to_the_letter",
