@@ -24,7 +24,6 @@ if __name__ == "__main__":  # there is nothing to be stopped yet, nor a certific
 import _thread
 import argparse
 import base64
-import contextlib
 import errno
 import fcntl
 import fnmatch
@@ -49,7 +48,10 @@ import time
 import zlib
 from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from os.path import abspath, dirname, expanduser, join, lexists, realpath, samestat
 from queue import SimpleQueue
+from time import monotonic
 from urllib.parse import unquote, unquote_to_bytes
 
 VERSION = "1.0"
@@ -179,7 +181,7 @@ def is_absent(path):
     try:
         os.lstat(path)
     except FileNotFoundError:
-        folder = os.path.dirname(path)
+        folder = dirname(path)
         if folder not in ("", path) and not is_absent(folder):
             os.stat(folder)  # raises where it is a link that leads nowhere
         return True
@@ -191,8 +193,8 @@ def config_folder(script):
 
     One at PREFIX/bin/NAME has PREFIX/etc/server-update, where there is one. OSError where that
     can't be known, ValueError where others may write there."""
-    prefix, bin_folder = os.path.split(os.path.dirname(os.path.realpath(script)))
-    folder = os.path.join(prefix, "etc/server-update")
+    prefix, bin_folder = os.path.split(dirname(realpath(script)))
+    folder = join(prefix, "etc/server-update")
     if bin_folder != "bin" or prefix in USUAL_PREFIXES or is_absent(folder):
         return CONFIG_FOLDER
     status = os.stat(folder)
@@ -226,13 +228,13 @@ def read_secrets(path):
         mode = os.fstat(handle.fileno()).st_mode
         lines = handle.read(65536).splitlines()
     if mode & 0o077:
-        raise ValueError("others can read secret file '%s'; do: chmod 600 %s" % (path, path))
-    advice = "do: (umask 077; openssl rand -hex 32 >%s)" % path
+        raise ValueError(f"others can read secret file '{path}'; do: chmod 600 {path}")
+    advice = f"do: (umask 077; openssl rand -hex 32 >{path})"
     secrets = [line.strip() for line in lines if line.strip()]
     if not secrets:
-        raise ValueError("secret file '%s' has no secret in it; %s" % (path, advice))
+        raise ValueError(f"secret file '{path}' has no secret in it; {advice}")
     if min(map(len, secrets)) < MIN_SECRET_BYTES:
-        raise ValueError("secret file '%s' has a line of less than 16 bytes; %s" % (path, advice))
+        raise ValueError(f"secret file '{path}' has a line of less than 16 bytes; {advice}")
     return secrets
 # end of shared block
 
@@ -280,11 +282,11 @@ class Stderr:
 STDERR = Stderr()
 
 
-def log(text, *values):
+def log(text):
     """Writes a line to stderr, in one write, so that the lines of threads never mix."""
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ ", time.gmtime())
-    line = now + escape(USER_RE.sub("", text % values)) + "\n"
-    with contextlib.suppress(OSError):  # nobody reads the log: no reason to stop updating
+    line = now + escape(USER_RE.sub("", text)) + "\n"
+    with suppress(OSError):  # nobody reads the log: no reason to stop updating
         STDERR.write(line.encode("utf-8", "backslashreplace"))
 
 
@@ -303,25 +305,25 @@ class Throttle:
         self.second = 0  # that is being counted
         self.lines = 0  # in it
 
-    def log(self, text, *values):
+    def log(self, text):
         self.tell()
         with self.lock:
             self.lines += 1
             if self.lines > MAX_REFUSALS_LOGGED:
                 return
-        log(text, *values)
+        log(text)
 
     def tell(self):
         """Begins a new second, once that of before is over; says how many were left out in it."""
         with self.lock:
-            now = int(time.monotonic())
+            now = int(monotonic())
             if now == self.second:
                 return
             left_out = self.lines - MAX_REFUSALS_LOGGED
             self.second = now
             self.lines = 0
         if left_out > 0:
-            log("%d more like these were left out", left_out)
+            log(f"{left_out} more like these were left out")
 
 
 # -- settings --------------------------------------------------------------
@@ -343,7 +345,7 @@ def parse_base_url(text):
 
 
 def parse_path(text):
-    path = os.path.expanduser(text)
+    path = expanduser(text)
     if not path.startswith("/") or not path.isprintable():
         raise ValueError("not a whole path")
     return path
@@ -352,7 +354,7 @@ def parse_path(text):
 def parse_number(text, least, most):
     # int() takes blanks, signs and all of Unicode's digits.
     if not re.fullmatch("[0-9]+", text) or not least <= int(text) <= most:
-        raise ValueError("not a number from %d to %d" % (least, most))
+        raise ValueError(f"not a number from {least} to {most}")
     return int(text)
 
 
@@ -466,16 +468,16 @@ def parse_setting(key, text):
             raise ValueError("unprintable")
         return SETTINGS[key.partition(".")[0]].parse(text)
     except ValueError:
-        raise ValueError("bad %s '%s'" % (key, escape(text)))
+        raise ValueError(f"bad {key} '{escape(text)}'")
 
 
 def parse_line(line):
     """(KEY, its value) of a line KEY=value."""
     key, equals, text = [part.strip() for part in line.partition("=")]
     if not equals:
-        raise ValueError("no '=' in '%s'" % escape(key))
+        raise ValueError(f"no '=' in '{escape(key)}'")
     if not is_setting(key):
-        raise ValueError("unknown setting '%s'" % escape(key))
+        raise ValueError(f"unknown setting '{escape(key)}'")
     # Without the quotes around it that sh would take away as well.
     return key, parse_setting(key, QUOTED_RE.sub(r"\2", text))
 
@@ -492,7 +494,7 @@ def read_conf(path):
             try:
                 key, value = parse_line(line)
             except ValueError as mistake:
-                raise ValueError("%s:%d: %s" % (path, number, mistake))
+                raise ValueError(f"{path}:{number}: {mistake}")
             if value is not None:
                 values[key] = value
     return values
@@ -510,7 +512,7 @@ def read_given(environ, options):
             try:
                 values[key] = parse_setting(key, text.strip())
             except ValueError as mistake:
-                raise ValueError("%s (set by %s)" % (mistake, name))
+                raise ValueError(f"{mistake} (set by {name})")
     return values
 
 
@@ -520,8 +522,8 @@ def read_settings(environ, options, folder=CONFIG_FOLDER):
     `folder` has what no setting names, and is itself the value of CONFIG. ValueError, OSError."""
     values = {key: parse_setting(key, setting.default) for key, setting in SETTINGS.items()}
     values["CONFIG"] = folder
-    values["HOOKS_DIR"] = os.path.join(folder, "hooks")
-    path = os.path.join(folder, "slave.conf")
+    values["HOOKS_DIR"] = join(folder, "hooks")
+    path = join(folder, "slave.conf")
     named = environ.get("SERVER_UPDATE_CONF")
     if named or not is_absent(path):
         values.update(read_conf(named or path))
@@ -537,7 +539,7 @@ def read_settings(environ, options, folder=CONFIG_FOLDER):
 
 def own_setting(settings, key, repo):
     """The value that holds for a repository: that of KEY.NAME, or else of KEY."""
-    return settings.get("%s.%s" % (key, repo), settings[key])
+    return settings.get(f"{key}.{repo}", settings[key])
 
 
 # -- records: what is remembered of updates; pure ---------------------------
@@ -775,7 +777,7 @@ def lock_folder(path, flags=os.O_RDONLY):
         os.close(fd)
         # NFS locks only what is open for writing, which a folder can't be.
         if error.errno == errno.EBADF:
-            return lock_folder(os.path.join(path, ".lock"), os.O_RDWR | os.O_CREAT)
+            return lock_folder(join(path, ".lock"), os.O_RDWR | os.O_CREAT)
         raise
     return fd
 
@@ -784,7 +786,7 @@ def write_synced(path, content):
     """Puts a file in its place, whole or not at all: a loss of power after this takes nothing.
 
     (Of a new one once its folder is synced, too.)"""
-    beside = os.path.join(os.path.dirname(path), "record.tmp")
+    beside = join(dirname(path), "record.tmp")
     with open(beside, "wb") as handle:
         handle.write(content)
         handle.flush()
@@ -816,7 +818,7 @@ class Journal:
         self.unsaved = set()  # those whose record is not on disk as it is in memory
         self.changes = SimpleQueue()
         self.changed = threading.Condition()  # told after each change
-        self.floor = Floor(os.path.join(folder, "signed"))
+        self.floor = Floor(join(folder, "signed"))
         self.fds = []  # that hold the locks; the last one is the state folder
         self.take()
         # A disk that is full or read-only is told now, not at the first signal.
@@ -836,22 +838,22 @@ class Journal:
         # Those of a folder that is gone are worth nothing; REPOS_DIR is taken again at once.
         while self.fds:
             os.close(self.fds.pop())
-        for path in (self.folder, os.path.dirname(self.folder)):
+        for path in (self.folder, dirname(self.folder)):
             try:
                 self.fds.append(lock_folder(path))
             except BlockingIOError:
-                raise OSError("another slave.py works in '%s'" % path)
+                raise OSError(f"another slave.py works in '{path}'")
         self.fds.append(os.open(self.folder, os.O_RDONLY))
 
     def is_taken(self):
         """Whether the state folder still is the one that was taken."""
         try:
-            return os.path.samestat(os.stat(self.folder), os.stat(self.fds[-1]))
+            return samestat(os.stat(self.folder), os.stat(self.fds[-1]))
         except (FileNotFoundError, IndexError):  # IndexError: it could not be taken again
             return False
 
     def path(self, repo):
-        return os.path.join(self.folder, repo + ".json")
+        return join(self.folder, repo + ".json")
 
     def load(self, repo):
         """Reads a record; one that can't be read now stays where it is, a broken one does not."""
@@ -860,13 +862,13 @@ class Journal:
             self.records[repo] = decode_records(repo, read_file(path))
         except (OSError, MemoryError) as error:
             if repo not in self.unread:
-                log("%s can't be read now and is left as it is: %s", path, error)
+                log(f"{path} can't be read now and is left as it is: {error}")
             self.unread.add(repo)
             return
         except Exception as error:  # whatever it is, it must not stop the others
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 os.rename(path, path + ".broken")
-            log("%s is broken, kept as %s.json.broken: %r", path, repo, error)
+            log(f"{path} is broken, kept as {repo}.json.broken: {error!r}")
         self.unread.discard(repo)
 
     def commit(self, repo, method, *args):
@@ -892,7 +894,7 @@ class Journal:
             except Exception as error:  # no memory, say; the next ones may have some
                 for change in batch:
                     change.outcome = error
-            with contextlib.suppress(MemoryError):
+            with suppress(MemoryError):
                 for change in batch:
                     change.is_settled.set()
                 with self.changed:
@@ -904,7 +906,7 @@ class Journal:
         self.unsaved.update(after)
         try:
             if not self.is_taken():
-                log("%s is gone, and is made anew", self.folder)
+                log(f"{self.folder} is gone, and is made anew")
                 self.take()
                 self.unsaved.update(self.records)
             self.floor.save()
@@ -914,9 +916,9 @@ class Journal:
             self.sync()
             self.unsaved.clear()
         except Exception as error:
-            log("can't write in %s: %s", self.folder, reason(error))
-            with contextlib.suppress(OSError):
-                os.unlink(os.path.join(self.folder, "record.tmp"))
+            log(f"can't write in {self.folder}: {reason(error)}")
+            with suppress(OSError):
+                os.unlink(join(self.folder, "record.tmp"))
             for change in batch:
                 change.outcome = error
             # Nothing of a batch counts but what has happened anyway: the start or end of a run.
@@ -953,8 +955,8 @@ class Journal:
             write_synced(self.path(repo), records.encode())
             return
         for name in (repo + ".json", repo + ".lock"):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(os.path.join(self.folder, name))
+            with suppress(FileNotFoundError):
+                os.unlink(join(self.folder, name))
 
     def sync(self):
         os.fsync(self.fds[-1])
@@ -969,7 +971,7 @@ def is_emptied(tree):
     if names != [".git"]:
         return not names
     try:
-        index = read_file(os.path.join(tree, ".git/index"))
+        index = read_file(join(tree, ".git/index"))
     except OSError:
         return False
     return index[8:12] > bytes(4)  # the number of its entries: gitformat-index(5)
@@ -978,7 +980,7 @@ def is_emptied(tree):
 def read_ref(git, name):
     """What a ref of a .git folder says; nothing where no file does. All is bytes."""
     try:
-        return read_file(os.path.join(git, name)).strip()
+        return read_file(join(git, name)).strip()
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return b""
 
@@ -999,7 +1001,7 @@ def ask_git(git):
 
 def read_live_commit(tree):
     """The commit that is checked out in a clone; None: there is none. It never waits for long."""
-    git = os.path.join(os.fsencode(tree), b".git")
+    git = join(os.fsencode(tree), b".git")
     text = b"ref: HEAD"
     try:
         if is_emptied(tree):
@@ -1017,11 +1019,11 @@ def read_live_commit(tree):
 
 def find_command(name):
     """The path of a program: on PATH, beside this script, or in /bin."""
-    beside = os.path.dirname(os.path.abspath(__file__))
+    beside = dirname(abspath(__file__))
     folders = [os.environ.get("PATH", os.defpath), beside, "/bin"]
     command = shutil.which(name, path=os.pathsep.join(folders))
     if not command:
-        raise OSError("no %s on PATH, beside slave.py or in /bin" % name)
+        raise OSError(f"no {name} on PATH, beside slave.py or in /bin")
     return command
 
 
@@ -1096,9 +1098,9 @@ class Run:
 
     def ends_within(self, timeout_s, is_stopping=lambda: False):
         """Whether it ends in that time; False also once `is_stopping` says so."""
-        deadline = time.monotonic() + timeout_s
+        deadline = monotonic() + timeout_s
         while not self.has_ended():
-            if time.monotonic() >= deadline or is_stopping():
+            if monotonic() >= deadline or is_stopping():
                 return False
             # Output wakes what waits for it; where there is none it looks again and again.
             self.listen(POLL_S)
@@ -1130,7 +1132,7 @@ class Run:
 
     def log_line(self, line):
         text = line.decode("utf-8", "replace").rstrip().replace("\t", " ")
-        log("%s: %s", self.name, text)
+        log(f"{self.name}: {text}")
         kind = next(kind for kind in OUTPUT_KINDS if text.startswith(kind))
         words = text[len(kind):]
         if words:
@@ -1140,8 +1142,8 @@ class Run:
         """Has what it left end, which gets a moment to say something."""
         self.signal(signal.SIGTERM)
         # What it said last may still be in the pipes.
-        deadline = time.monotonic() + LEFTOVER_S
-        while self.listen(POLL_S) and time.monotonic() < deadline:
+        deadline = monotonic() + LEFTOVER_S
+        while self.listen(POLL_S) and monotonic() < deadline:
             pass
 
     def signal(self, number):
@@ -1161,13 +1163,13 @@ class Run:
         except ProcessLookupError:
             pass
         except PermissionError:
-            log("%s: what runs in process group %d as another user can't be ended, and is left",
-                self.name, self.process.pid)
+            log(f"{self.name}: what runs in process group {self.process.pid} as another user "
+                "can't be ended, and is left")
 
 
 def signal_group(leader, number):
     """Signals all of a process group that may be signalled."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
+    with suppress(ProcessLookupError, PermissionError):
         os.killpg(leader, number)
 
 
@@ -1182,7 +1184,7 @@ def last_words(said):
 def say_outcome(status, is_told, words, late_after_s):
     """The message of a record; `is_told` is whether slave-activate said what is live."""
     if late_after_s:
-        message = "stopped as it took longer than %d s (TIMEOUT)" % late_after_s
+        message = f"stopped as it took longer than {late_after_s} s (TIMEOUT)"
         if words:
             message += ", and had said: " + words
         return message
@@ -1191,7 +1193,7 @@ def say_outcome(status, is_told, words, late_after_s):
     # Of an update that went well only what it left behind is worth a word.
     if status == 0 and not WORTH_RE.match(words):
         return ""
-    return words or "slave-activate ended with exit status %d" % status
+    return words or f"slave-activate ended with exit status {status}"
 
 
 def judge(repo, status, stdout, said, late_after_s=None):
@@ -1248,7 +1250,7 @@ class Ignored(Exception):
 
 def make_hook_key(secret, repo, ref):
     """The key, in hex, by which a forge proves pushes to the hook of `repo` and `ref`, if any."""
-    text = "server-update-hook-1\n%s\n%s" % (repo, ref or "")
+    text = f"server-update-hook-1\n{repo}\n{ref or ''}"
     mac = hmac.new(secret, text.encode("utf-8"), "sha256")
     return mac.hexdigest().encode("ascii")
 
@@ -1405,7 +1407,7 @@ def found_live(record, commit):
 def add_beneath(changes, beneath):
     """The changes to a record with those of what is beneath, which the message says in words."""
     counts = beneath["beneath"]
-    sums = ", ".join("%d %s" % (counts[outcome], outcome) for outcome in counts)
+    sums = ", ".join(f"{counts[outcome]} {outcome}" for outcome in counts)
     words = [changes["message"], "beneath: " + sums]
     # Where nothing was begun somebody has to know why.
     if list(counts) == ["not started"] and not changes["message"]:
@@ -1418,7 +1420,7 @@ def say_ended(record):
     bad = record.beneath_bad or ()
     names = ", ".join(one["slave"] for one in bad[:MAX_NAMES])
     if names:
-        return "%s (%s)" % (record.message, names)
+        return f"{record.message} ({names})"
     return record.message
 
 
@@ -1442,7 +1444,7 @@ class Answer:
         self.readers = set()
         self.used = 0  # when it was asked for last
         self.file = nameless_file(folder)
-        command = [*UPLOAD_PACK, "%s/%s.git" % (folder, repo)]
+        command = [*UPLOAD_PACK, f"{folder}/{repo}.git"]
         if not body:
             command.insert(-1, "--advertise-refs")
             if protocol != "version=2":
@@ -1486,7 +1488,7 @@ class Mirrors:
     """The mirrors that slave-activate keeps; what many ask alike, one run of git answers."""
 
     def __init__(self, settings, is_stopping):
-        self.folder = os.path.join(settings["REPOS_DIR"], ".server-update")
+        self.folder = join(settings["REPOS_DIR"], ".server-update")
         self.timeout_s = settings["TIMEOUT"]
         self.is_stopping = is_stopping
         self.lock = threading.Lock()  # for the next one
@@ -1498,7 +1500,7 @@ class Mirrors:
         Asked for is a repository by a protocol; an empty body wants its refs. Refusal where there
         is no mirror."""
         try:
-            refs = os.stat("%s/%s.git/packed-refs" % (self.folder, asked[0]))
+            refs = os.stat(f"{self.folder}/{asked[0]}.git/packed-refs")
         except OSError:
             raise Refusal(404, "no mirror here; where GIT_FROM is set, an update makes one")
         # A new file is there before the old one goes, so no two states have both in common.
@@ -1512,7 +1514,7 @@ class Mirrors:
                 answer = Answer(self.folder, *asked[:3])
                 self.answers[asked] = answer
             answer.readers.add(reader)
-            answer.used = time.monotonic()
+            answer.used = monotonic()
         return answer
 
     def has_room(self):
@@ -1523,7 +1525,7 @@ class Mirrors:
 
     def tend(self):
         """Called twice a second: ends what takes too long, and forgets what nobody asks for."""
-        now = time.monotonic()
+        now = monotonic()
         with self.lock:
             for asked, answer in list(self.answers.items()):
                 unused_s = now - answer.used
@@ -1561,11 +1563,11 @@ server_update_live_commit_info{repo="%(repo)s",commit="%(commit)s"} 1
 # HELP server_update_beneath Slaves beneath, by how the last update ended there.
 # TYPE server_update_beneath gauge
 %(beneath)s"""
-INFO = """\
+INFO = f"""\
 # HELP server_update_info The version that runs.
 # TYPE server_update_info gauge
-server_update_info{version="%s"} 1
-""" % VERSION
+server_update_info{{version="{VERSION}"}} 1
+"""
 BENEATH = 'server_update_beneath{repo="%s",outcome="%s"} %d\n'
 
 
@@ -1735,7 +1737,7 @@ def format_page(records, host):
     for state in ADVICE:
         found = [now for now in records if state_of(now) == state]
         if found:
-            summary.append("%d %s" % (len(found), state))
+            summary.append(f"{len(found)} {state}")
         for now in found:
             rows += format_row(now, state, len(records) == 1)
     head = ", ".join(summary) or "no repository yet"
@@ -1748,7 +1750,7 @@ def format_page(records, host):
 def refusal_of_old(when, floor):
     """The Refusal of what was signed at `when`, as all up to `floor` may be a replay."""
     wait_s = floor + 1 - when
-    text = "signed too long ago to be told from a replay; sign again in %d s" % wait_s
+    text = f"signed too long ago to be told from a replay; sign again in {wait_s} s"
     refusal = Refusal(503, text, ("Retry-After", str(wait_s)))
     refusal.more = {"floor": floor}
     return refusal
@@ -1819,7 +1821,7 @@ class Guard:
     def __init__(self, settings):
         """OSError or ValueError where something that says who may can't be looked at."""
         self.settings = settings
-        self.path = settings["SECRET_FILE"] or os.path.join(settings["CONFIG"], "secret")
+        self.path = settings["SECRET_FILE"] or join(settings["CONFIG"], "secret")
         self.secrets = []
         self.complaint = ""  # of a secret file that is no good by now
         # One key's flood takes nothing from another key.
@@ -1836,7 +1838,7 @@ class Guard:
         except ValueError as error:
             # Those from before hold; where there were none, nobody has one that is right.
             if str(error) != self.complaint:
-                log("the secret stays what it was: %s", error)
+                log(f"the secret stays what it was: {error}")
             self.complaint = str(error)
         except OSError as error:
             raise Refusal(503, "can't read the secret: " + reason(error), RETRY_LATER)
@@ -1857,7 +1859,7 @@ class Guard:
         # The difference of the clocks tells nothing to who has no key.
         difference = abs(now - int(when))
         if difference > MAX_CLOCK_DIFFERENCE_S:
-            raise Refusal(401, "the clocks are %d s apart" % difference)
+            raise Refusal(401, f"the clocks are {difference} s apart")
         nonces = self.nonces.setdefault(secret, Nonces())
         nonces.take(bytes.fromhex(nonce), int(when))
         return int(when)
@@ -1890,8 +1892,8 @@ def check_secret(guard, floor):
         floor.newest = max(floor.newest, 1)
         floor.save()
     elif floor.at_start:
-        raise ValueError("there was a secret here, and there is none in '%s'; bring it back or, "
-                         "to serve without one, remove %s" % (guard.path, floor.path))
+        raise ValueError(f"there was a secret here, and there is none in '{guard.path}'; bring it "
+                         f"back or, to serve without one, remove {floor.path}")
 
 
 class Hooks:
@@ -1900,7 +1902,7 @@ class Hooks:
     def __init__(self, settings):
         """OSError where one can't be looked at; what a setting names must exist."""
         self.there = set()  # folders that have one
-        default = os.path.join(settings["CONFIG"], "hooks")
+        default = join(settings["CONFIG"], "hooks")
         for key, folder in settings.items():
             if not key.startswith("HOOKS_DIR"):
                 continue
@@ -1910,7 +1912,7 @@ class Hooks:
 
     def look(self, folder):
         """Whether there is one; OSError where that can't be known."""
-        is_there = not is_absent(os.path.join(folder, "pre-update"))
+        is_there = not is_absent(join(folder, "pre-update"))
         if is_there:
             self.there.add(folder)
         return is_there
@@ -1938,7 +1940,7 @@ class UpdateEnded:
         self.pool = ThreadPoolExecutor(1)  # nothing waits for it
 
     def path(self, repo):
-        return os.path.join(own_setting(self.settings, "HOOKS_DIR", repo), "update-ended")
+        return join(own_setting(self.settings, "HOOKS_DIR", repo), "update-ended")
 
     def add(self, record):
         """Has it run for an update, unless it has been."""
@@ -1958,9 +1960,9 @@ class UpdateEnded:
             if run.finish(UPDATE_ENDED_TIMEOUT_S, self.is_stopping) == "stop":
                 return
             if run.status != 0:
-                log("%s: failed with exit status %s", name, run.status)
+                log(f"{name}: failed with exit status {run.status}")
         except OSError as error:
-            log("%s: can't run %s", name, error)
+            log(f"{name}: can't run {error}")
         self.journal.commit(record.repo, Records.tell, record.update)
 
 
@@ -1979,8 +1981,8 @@ def end_marked(pattern):
     """Kills all processes whose environment has what matches a pattern of bytes."""
     for name in filter(str.isdigit, os.listdir("/proc")):
         # Others' can't be looked at, or have ended meanwhile.
-        with contextlib.suppress(OSError):
-            if re.search(pattern, read_file("/proc/%s/environ" % name)):
+        with suppress(OSError):
+            if re.search(pattern, read_file(f"/proc/{name}/environ")):
                 os.kill(int(name), signal.SIGKILL)
 
 
@@ -1992,10 +1994,10 @@ class Relay:
         self.settings = settings
         self.slavelist = settings["SLAVELIST"]
         self.is_stopping = is_stopping
-        self.id = make_relay_id(os.path.join(folder, "relay-id"))
+        self.id = make_relay_id(join(folder, "relay-id"))
         # What a slave.py that was killed has begun would go on beside what comes now.
         end_marked(b"SERVER_UPDATE_VIA=[0-9a-f,]*%s\0" % self.id.encode("ascii"))
-        log("%d slaves beneath, of %s", self.count(), self.slavelist)
+        log(f"{self.count()} slaves beneath, of {self.slavelist}")
 
     def command(self, kind, repo, *pins):
         command = [find_command("server-update"), kind, "--list", self.slavelist, *pins]
@@ -2040,14 +2042,14 @@ class Relay:
             run = Run(record.repo + ": beneath", command, self.environ(record),
                       Lines(MAX_JSON_BYTES, beneath.take).add)
         except OSError as error:
-            return self.not_started("can't run %s" % error)
+            return self.not_started(f"can't run {error}")
         run.finish(NEVER_S, self.is_stopping)
         # It may have been ended together with this slave.
         if self.is_stopping():
             return None
         if beneath.counts is None:
             words = last_words(run.said) if run.status == 2 else ""
-            words = words or "server-update ended with exit status %d" % run.status
+            words = words or f"server-update ended with exit status {run.status}"
             return self.not_started(words, beneath.listed)
         return {"beneath": beneath.counts, "beneath_bad": beneath.bad}
 
@@ -2089,7 +2091,7 @@ class Updater:
         self.settings = settings
         self.hooks = Hooks(settings)
         self.command = command  # slave-activate's path
-        self.journal = Journal(os.path.join(settings["REPOS_DIR"], ".server-update"))
+        self.journal = Journal(join(settings["REPOS_DIR"], ".server-update"))
         self.told_to_stop = False  # set by a signal's handler, which may take no lock
         self.queue = Queue()
         self.mirrors = Mirrors(settings, self.is_stopping)
@@ -2108,7 +2110,7 @@ class Updater:
 
     def tree(self, repo):
         """Where a repository's clone is, or would be."""
-        return os.path.join(self.settings["REPOS_DIR"], repo)
+        return join(self.settings["REPOS_DIR"], repo)
 
     def take_up(self, repo):
         """Queues what was queued or running when the slave ended; OSError: it can't be read."""
@@ -2120,7 +2122,7 @@ class Updater:
         for record in records.ended:
             self.update_ended.add(record)
         if records.queued:
-            log("%s: update %d is taken up again", repo, records.queued.update)
+            log(f"{repo}: update {records.queued.update} is taken up again")
             self.queue.waiting[repo] = True
 
     def record(self, repo, method, *args):
@@ -2143,14 +2145,14 @@ class Updater:
             raise Refusal(503, "can't record the update: " + reason(error), RETRY_LATER)
         record = records.queued
         why = ", ".join(filter(None, (peer, record.by, record.note)))
-        log("%s: update %d was asked for by %s", repo, record.update, why)
+        log(f"{repo}: update {record.update} was asked for by {why}")
         self.queue.waiting[repo] = True
         self.start_queued()
         return record
 
     def start_queued(self):
         """Starts threads for what can start now; where there are none, tend() comes again."""
-        with contextlib.suppress(RuntimeError, MemoryError):
+        with suppress(RuntimeError, MemoryError):
             for _ in self.queue.ready():
                 start_thread(self.run_next)
 
@@ -2172,7 +2174,7 @@ class Updater:
             self.end_update(repo, queued.update, failed(refusal.args[1]))
         except Exception as error:
             # Whatever it is, who waits must hear of an end.
-            message = "the update can't go on: %r" % error
+            message = f"the update can't go on: {error!r}"
             self.end_update(repo, queued.update, failed(message))
         finally:
             del self.queue.running[repo]
@@ -2182,7 +2184,7 @@ class Updater:
         """Runs the queued update of a repository, and records how it ended."""
         live = read_live_commit(self.tree(repo))
         record = self.record(repo, Records.start, live, time.time()).running
-        log("%s: update %d starts, ref %s", repo, record.update, record.ref or "not given")
+        log(f"{repo}: update {record.update} starts, ref {record.ref or 'not given'}")
         # It may have vanished while this update was queued.
         self.check_hook(repo)
         changes = self.activate(record)
@@ -2192,7 +2194,7 @@ class Updater:
             self.end_update(repo, record.update, changes)
         else:
             self.record(repo, Records.stop)
-            log("%s: update %d stopped, to be taken up again", repo, record.update)
+            log(f"{repo}: update {record.update} stopped, to be taken up again")
 
     def update_beneath(self, record, changes):
         """How it ended here and beneath, as changes to the record; None: it was stopped."""
@@ -2227,7 +2229,7 @@ class Updater:
         try:
             run = Run(record.repo, command, environ)
         except OSError as error:
-            return failed("can't run %s" % error)
+            return failed(f"can't run {error}")
         timeout_s = self.setting("TIMEOUT", record.repo)
         why = run.finish(timeout_s + BACKSTOP_S, self.is_stopping)
         if why == "stop" and run.status != 0:
@@ -2241,17 +2243,17 @@ class Updater:
             changes["commit"] = read_live_commit(self.tree(repo))
             if self.relay:
                 changes.update(self.relay.not_started(changes["message"]))
-        changes["untold"] = os.path.lexists(self.update_ended.path(repo))
+        changes["untold"] = lexists(self.update_ended.path(repo))
         done = self.record(repo, Records.finish, update, changes, time.time()).find(update)
         self.update_ended.add(done)
         message = done.message and ": " + done.message
-        log("%s: update %d %s after %.1f s, live is %s%s", repo, update, outcome(done),
-            done.finished - done.started, done.commit or "nothing", message)
+        log(f"{repo}: update {update} {outcome(done)} after {done.finished - done.started:.1f} s, "
+            f"live is {done.commit or 'nothing'}{message}")
         if done.state == "failed":
             self.forget_oldest()
 
     def has_tree(self, repo):
-        return os.path.lexists(self.tree(repo))
+        return lexists(self.tree(repo))
 
     def forget_oldest(self):
         """Forgets the oldest of too many repositories that have no tree: any name makes one."""
@@ -2267,13 +2269,13 @@ class Updater:
     def forget_removed(self, repo):
         """Forgets a repository whose tree and record somebody has removed."""
         is_known = repo in self.journal.records
-        if is_known and not self.has_tree(repo) and not os.path.lexists(self.journal.path(repo)):
+        if is_known and not self.has_tree(repo) and not lexists(self.journal.path(repo)):
             self.record(repo, Records.forget)
 
     def tend(self):
         """Called twice a second: starts what could not be started before, or sees to the end."""
         for repo in self.journal.unread.copy():
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 self.take_up(repo)
         self.start_queued()
         self.mirrors.tend()
@@ -2303,12 +2305,12 @@ class Updater:
         def has_ended():
             record = self.find(repo, update)
             return not record or record.finished or self.told_to_stop
-        deadline = time.monotonic() + wait_s
+        deadline = monotonic() + wait_s
         with self.journal.changed:
             while wait_s > 0 and not has_ended():
                 self.journal.changed.wait(min(wait_s, PEER_S))
                 check_peer()
-                wait_s = deadline - time.monotonic()
+                wait_s = deadline - monotonic()
 
     def status(self, repo, update=None):
         """The record of an update, or the newest one as it looks now; None where there is none."""
@@ -2342,15 +2344,15 @@ def find_clone(path, repos):
         if not parts:
             break
         # Step by step, as a link in the clone itself must not be followed unseen.
-        here = os.path.normpath(os.path.join(here, parts.pop(0)))
-        if os.path.dirname(here) == repos:
+        here = os.path.normpath(join(here, parts.pop(0)))
+        if dirname(here) == repos:
             return here
         if os.path.islink(here):
             is_outside = not clone
-            target = os.path.join(os.path.dirname(here), os.readlink(here))
+            target = join(dirname(here), os.readlink(here))
             parts = target.split("/") + parts
             here = "/"
-        elif is_outside and os.path.lexists(os.path.join(here, ".git")):
+        elif is_outside and lexists(join(here, ".git")):
             clone = here
     return clone
 
@@ -2367,10 +2369,10 @@ class ServedFile:
 
     def __init__(self, path, repos):
         """ValueError where it can't be one."""
-        self.path = os.path.abspath(path)
-        self.repos = os.path.realpath(repos)
+        self.path = abspath(path)
+        self.repos = realpath(repos)
         if os.path.isdir(self.path):
-            raise ValueError("'%s' is a folder, not a file to serve" % self.path)
+            raise ValueError(f"'{self.path}' is a folder, not a file to serve")
 
     def open(self):
         """The open file; Refusal where there is none, or none that may be shown."""
@@ -2388,8 +2390,8 @@ class ServedFile:
             # Opened so, nothing happens to a device or a FIFO, and nothing is waited for.
             handle = os.open(self.path, os.O_PATH)
             try:
-                name = "/proc/self/fd/%d" % handle
-                is_shown = not clone or is_content(os.readlink(name), os.path.realpath(clone))
+                name = f"/proc/self/fd/{handle}"
+                is_shown = not clone or is_content(os.readlink(name), realpath(clone))
                 if is_shown and stat.S_ISREG(os.fstat(handle).st_mode):
                     return open(name, "rb")
             finally:
@@ -2471,11 +2473,11 @@ def parse_query(query):
         if name not in PARAMETERS:
             continue
         if name in values:
-            raise Refusal(400, "'%s' is given twice" % name)
+            raise Refusal(400, f"'{name}' is given twice")
         # What is no UTF-8 becomes U+FFFD, which is printable.
         values[name] = unquote(text, errors="replace")
         if "\ufffd" in values[name] or not PARAMETERS[name](values[name]):
-            raise Refusal(400, "bad '%s'" % name)
+            raise Refusal(400, f"bad '{name}'")
     return values
 
 
@@ -2513,7 +2515,7 @@ class Connection(http.server.SimpleHTTPRequestHandler):
 
     def enter(self, stage):
         self.stage = stage
-        self.since = time.monotonic()
+        self.since = monotonic()
 
     def gives_way(self):
         """What connections are sorted by: the first one gives way to a new one."""
@@ -2552,7 +2554,7 @@ class Connection(http.server.SimpleHTTPRequestHandler):
     def drop(self):
         """Ends the connection, from any thread."""
         self.enter(self.DROPPED)
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             socket.socket.shutdown(self.request, socket.SHUT_RDWR)  # not ssl's: another thread
 
     def handle_one_request(self):
@@ -2568,8 +2570,8 @@ class Connection(http.server.SimpleHTTPRequestHandler):
     def refuse(self, status, text, *headers, **more):
         if self.stage == self.READING:  # what comes next is no request
             self.close_connection = True
-        self.server.throttle.log("refused with %d from %s: %s: %s", status,
-                                 self.client_address[0], text, self.requestline[:200])
+        self.server.throttle.log(f"refused with {status} from {self.client_address[0]}: {text}: "
+                                 f"{self.requestline[:200]}")
         self.send(status, dict(more, error=text), *headers)
         self.wfile.flush()
 
@@ -2618,7 +2620,7 @@ class Connection(http.server.SimpleHTTPRequestHandler):
         if not re.fullmatch("[0-9]{1,15}", text):
             raise Refusal(400, "bad Content-Length")
         if int(text) > MAX_BODY_BYTES:
-            raise Refusal(413, "a body of more than %d bytes" % MAX_BODY_BYTES)
+            raise Refusal(413, f"a body of more than {MAX_BODY_BYTES} bytes")
         return int(text)
 
     def read_body(self, length):
@@ -2724,7 +2726,7 @@ class GitHandler(Connection):
         for part in parts:
             body += part
             if len(body) > MAX_GIT_BODY_BYTES:
-                raise Refusal(413, "a request of more than %d bytes" % MAX_GIT_BODY_BYTES)
+                raise Refusal(413, f"a request of more than {MAX_GIT_BODY_BYTES} bytes")
         return bytes(body)
 
     def body_sizes(self):
@@ -2840,7 +2842,7 @@ class Handler(GitHandler):
         """Queues an update, and tells its id."""
         record = self.server.updater.take_signal(repo, ref, asked, self.client_address[0])
         told = {key: getattr(record, key) for key in ("repo", "update", "state", "ref")}
-        location = "/status?repo=%s&update=%d" % (repo, record.update)
+        location = f"/status?repo={repo}&update={record.update}"
         self.send(202, told, ("Location", location))
 
     def answer_hook(self, repo, ref=None, **_):
@@ -2941,7 +2943,7 @@ class Handler(GitHandler):
             self.close_connection = True
             self.enter(self.SENDING)
             # http.server answers for this very file, whatever its name leads to by now.
-            self.path = "/proc/self/fd/%d" % file.fileno()
+            self.path = f"/proc/self/fd/{file.fileno()}"
             getattr(super(), "do_" + self.command)()
 
     def copyfile(self, source, outputfile):
@@ -2987,8 +2989,8 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             super().__init__((address, port), Handler)
         except OSError as error:
-            raise OSError("can't listen on port %d of %s: %s (see PORT and BIND)" % (
-                port, address, error.strerror))
+            raise OSError(f"can't listen on port {port} of {address}: {error.strerror} "
+                          "(see PORT and BIND)")
 
     def server_bind(self):
         """Binds for IPv4, too, whatever the host's bindv6only; HTTPServer's looks up a name."""
@@ -3007,17 +3009,17 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             context.load_cert_chain(cert, key, password=lambda: "")  # it must never ask
         except (OSError, ValueError) as error:
-            text = "bad TLS_CERT '%s' or TLS_KEY '%s': %s" % (cert, key or cert, error)
+            text = f"bad TLS_CERT '{cert}' or TLS_KEY '{key or cert}': {error}"
             if not self.tls:
                 raise ValueError(text)
-            log("the certificate stays what it was: %s", text)
+            log(f"the certificate stays what it was: {text}")
             return
         self.tls = context
-        log("the TLS certificate is read from %s", cert)
+        log(f"the TLS certificate is read from {cert}")
 
     def service_actions(self):
         """Called by serve_forever after each connection, and twice a second at least."""
-        now = time.monotonic()
+        now = monotonic()
         if now < self.tended + TEND_S:
             return
         self.tended = now
@@ -3035,7 +3037,7 @@ class Server(http.server.ThreadingHTTPServer):
             return super().get_request()
         except (OSError, MemoryError) as error:
             if isinstance(error, MemoryError) or error.errno in SHORTAGES:
-                self.throttle.log("can't accept a connection: %s", error or "no memory")
+                self.throttle.log(f"can't accept a connection: {error or 'no memory'}")
                 self.drop_one()
                 time.sleep(SHORTAGE_PAUSE_S)
             raise OSError("no connection")
@@ -3058,15 +3060,15 @@ class Server(http.server.ThreadingHTTPServer):
             start_thread(self.serve_connection, request, address)
         except (RuntimeError, MemoryError) as error:
             # Another's thread comes free.
-            self.throttle.log("no thread for a connection: %s", error or "no memory")
+            self.throttle.log(f"no thread for a connection: {error or 'no memory'}")
             self.drop_one()
             time.sleep(SHORTAGE_PAUSE_S)
             start_thread(self.serve_connection, request, address)
 
     def finish_answers(self):
         """Lets who waits for an answer at the end still have it."""
-        deadline = time.monotonic() + CLOSE_TIMEOUT_S
-        while time.monotonic() < deadline:
+        deadline = monotonic() + CLOSE_TIMEOUT_S
+        while monotonic() < deadline:
             stages = {handler.stage for handler in list(self.handlers)}
             if not stages & {Connection.FOLLOWING, Connection.ANSWERING}:
                 return
@@ -3079,14 +3081,14 @@ class Server(http.server.ThreadingHTTPServer):
             min(handlers, key=Connection.gives_way).drop()
 
     def serve_connection(self, request, client_address):
-        with contextlib.suppress(Exception):  # no memory, not even to say so
+        with suppress(Exception):  # no memory, not even to say so
             self.process_request_thread(request, client_address)
 
     def handle_error(self, request, client_address):
         """What a connection ended with: mostly its peer's doing, which is nobody's concern."""
         error = sys.exc_info()[1]
         if not isinstance(error, OSError) or isinstance(error, ssl.SSLError):
-            self.throttle.log("connection of %s: %r", client_address[0], error)
+            self.throttle.log(f"connection of {client_address[0]}: {error!r}")
 
 
 def max_connections(most):
@@ -3120,7 +3122,7 @@ def tell_ready(address):
     """Tells the service manager at $NOTIFY_SOCKET, if there is one: sd_notify(3)."""
     if not address:
         return
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+    with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.settimeout(1)
         manager.connect(re.sub("^@", "\0", address))
         manager.send(b"READY=1")
@@ -3143,15 +3145,16 @@ def serve(options):
     updater = Updater(settings, command)
     check_secret(guard, updater.journal.floor)
     server = Server(updater, guard, served_file)
-    log("slave.py %s, settings and keys in %s", VERSION, folder)
+    log(f"slave.py {VERSION}, settings and keys in {folder}")
     if not guard.secrets:
-        log("no secret: who can reach the port can have repositories of %s updated here; to "
-            "change that, put one into %s", settings["BASE_URL"], guard.path)
+        log(f"no secret: who can reach the port can have repositories of {settings['BASE_URL']} "
+            f"updated here; to change that, put one into {guard.path}")
     stop_on_signals(updater)
     signal.signal(signal.SIGHUP, server.read_certificate)
-    log("clones go live in %s, by %s", settings["REPOS_DIR"], command)
-    log("listening on port %d (%s%s)", server.server_address[1],
-        settings["BIND"] or "all addresses", ", TLS" if server.tls else "")
+    log(f"clones go live in {settings['REPOS_DIR']}, by {command}")
+    tls = ", TLS" if server.tls else ""
+    log(f"listening on port {server.server_address[1]} "
+        f"({settings['BIND'] or 'all addresses'}{tls})")
     tell_ready(manager)
     serve_until_stopped(server)
 
@@ -3168,10 +3171,10 @@ def print_hook_key(options):
     name, *refs = options["hook_key"]
     ref = " ".join(refs)  # no ref has a blank
     if not is_repo_name(name) or ref and not is_ref(ref):
-        raise ValueError("bad name '%s' or ref '%s'" % (escape(name), escape(ref)))
+        raise ValueError(f"bad name '{escape(name)}' or ref '{escape(ref)}'")
     guard = Guard(read_settings(os.environ, options, config_folder(__file__)))
     if not guard.secrets:
-        raise ValueError("no secret; do: (umask 077; openssl rand -hex 32 >%s)" % guard.path)
+        raise ValueError(f"no secret; do: (umask 077; openssl rand -hex 32 >{guard.path})")
     print(make_hook_key(guard.secrets[0], name, ref).decode("ascii"))
 
 
@@ -3184,7 +3187,7 @@ def serve_until_stopped(server):
             server.finish_answers()
             return
         except Exception as error:  # no memory, say: for one connection, not for all
-            server.throttle.log("the loop begins again after %r", error)
+            server.throttle.log(f"the loop begins again after {error!r}")
             time.sleep(SHORTAGE_PAUSE_S)
 
 
@@ -3207,8 +3210,8 @@ def serve_or_say(options):
             serve(options)
     except (OSError, ValueError) as error:
         name = getattr(error, "filename", None)
-        text = "can't use '%s': %s" % (name, error.strerror) if name else str(error)
-        print("slave.py: %s" % text, file=sys.stderr)
+        text = f"can't use '{name}': {error.strerror}" if name else str(error)
+        print(f"slave.py: {text}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) or options["hook_key"] else 1
     return 0
 
@@ -3222,7 +3225,7 @@ def be_process_1(options):
         return serve_or_say(options)
 
     def pass_on(number, _):
-        with contextlib.suppress(ProcessLookupError):
+        with suppress(ProcessLookupError):
             os.kill(child, number)
     # A signal that comes before this ends process 1, and all of the container with it.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -3244,7 +3247,7 @@ def make_parser():
     for key, setting in SETTINGS.items():
         text = setting.help
         if setting.default:
-            text += " (%s)" % setting.default
+            text += f" ({setting.default})"
         name = option_name(key)
         parser.add_argument(name, dest=name, metavar=key, help=text)
     parser.add_argument("--hook-key", nargs="+", metavar=("NAME", "REF"),
