@@ -8,8 +8,10 @@
     GET /metrics                                 the same in Prometheus's text format
     GET /healthz                                 200 once it serves
 
-Settings: KEY=value lines in /etc/server-update/slave.conf, SERVER_UPDATE_KEY variables, options;
-the last of these wins. SIGHUP reads the TLS certificate again. Exit status: 0 stopped by SIGTERM
+Settings: KEY=value lines in /etc/server-update/slave.conf (or the file SERVER_UPDATE_CONF),
+SERVER_UPDATE_KEY variables, options; the last of these wins. KEY.NAME=value in the file holds for
+the repository NAME alone. PREFIX/bin/slave.py has its settings in PREFIX/etc/server-update, where
+that folder exists. SIGHUP reads the TLS certificate again. Exit status: 0 stopped by SIGTERM
 or SIGINT, 1 could not start, 2 usage or settings.
 """
 
@@ -108,6 +110,7 @@ SPARE_FILES = 4  # connections that may be open beyond that, for as long as they
 SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 SHORTAGE_PAUSE_S = 0.1
 MAX_REFUSALS_LOGGED = 10  # a second
+MAX_OUTPUT_LOGGED = 500  # lines a second of a run
 MAX_WAIT_S = 30
 MAX_STATUS_BYTES = 1000000  # server-update reads a little more
 VIA_RE = re.compile("[0-9a-f]{16}(,[0-9a-f]{16}){0,7}")  # ids of at most 8 relays
@@ -300,27 +303,27 @@ def start_thread(function, *args):
 class Throttle:
     """Has so many lines a second logged, and counts the others."""
 
-    def __init__(self):
+    def __init__(self, most):
         self.lock = threading.Lock()
-        self.second = 0  # that is being counted
+        self.most = most
+        self.second = None  # that is being counted
         self.lines = 0  # in it
 
     def log(self, text):
-        self.tell()
+        self.tell(int(monotonic()))
         with self.lock:
             self.lines += 1
-            if self.lines > MAX_REFUSALS_LOGGED:
+            if self.lines > self.most:
                 return
         log(text)
 
-    def tell(self):
-        """Begins a new second, once that of before is over; says how many were left out in it."""
+    def tell(self, second=None):
+        """Begins a new second, unless it is that of before; says how many were left out in it."""
         with self.lock:
-            now = int(monotonic())
-            if now == self.second:
+            if second == self.second:
                 return
-            left_out = self.lines - MAX_REFUSALS_LOGGED
-            self.second = now
+            left_out = self.lines - self.most
+            self.second = second
             self.lines = 0
         if left_out > 0:
             log(f"{left_out} more like these were left out")
@@ -1057,6 +1060,7 @@ class Run:
 
         Its stdout goes to `take_output` in parts, the last of which is b"", or is kept."""
         self.name = name
+        self.throttle = Throttle(MAX_OUTPUT_LOGGED)
         self.said = {}  # {kind of line: the last one}, see OUTPUT_KINDS
         self.stdout = b""  # no more than MAX_STDOUT_BYTES
         self.status = None  # as subprocess's returncode; None while it runs
@@ -1132,7 +1136,7 @@ class Run:
 
     def log_line(self, line):
         text = line.decode("utf-8", "replace").rstrip().replace("\t", " ")
-        log(f"{self.name}: {text}")
+        self.throttle.log(f"{self.name}: {text}")
         kind = next(kind for kind in OUTPUT_KINDS if text.startswith(kind))
         words = text[len(kind):]
         if words:
@@ -1151,6 +1155,7 @@ class Run:
 
     def close(self):
         """Kills what is still there of it, and forgets it; what can't be killed is only told."""
+        self.throttle.tell()
         self.signal(signal.SIGKILL)
         self.process.stdout.close()
         self.process.stderr.close()
@@ -1181,6 +1186,12 @@ def last_words(said):
     return ""
 
 
+def say_status(program, status):
+    if status < 0:
+        return f"{program} was killed by signal {-status}"
+    return f"{program} ended with exit status {status}"
+
+
 def say_outcome(status, is_told, words, late_after_s):
     """The message of a record; `is_told` is whether slave-activate said what is live."""
     if late_after_s:
@@ -1193,7 +1204,7 @@ def say_outcome(status, is_told, words, late_after_s):
     # Of an update that went well only what it left behind is worth a word.
     if status == 0 and not WORTH_RE.match(words):
         return ""
-    return words or f"slave-activate ended with exit status {status}"
+    return words or say_status("slave-activate", status)
 
 
 def judge(repo, status, stdout, said, late_after_s=None):
@@ -2049,7 +2060,7 @@ class Relay:
             return None
         if beneath.counts is None:
             words = last_words(run.said) if run.status == 2 else ""
-            words = words or f"server-update ended with exit status {run.status}"
+            words = words or say_status("server-update", run.status)
             return self.not_started(words, beneath.listed)
         return {"beneath": beneath.counts, "beneath_bad": beneath.bad}
 
@@ -2770,7 +2781,7 @@ class Handler(GitHandler):
         if path == "/healthz":
             self.send(200, "ok")
         elif path in ("", "/") and not has_repo(query):
-            self.answer_front(self.server.served_file)
+            self.answer_front(self.server.served_file, query)
         elif path.startswith("/git/"):
             self.answer_git(path, query)
         else:
@@ -2933,13 +2944,15 @@ class Handler(GitHandler):
                 measured.append(measure(now, before))
         self.send(200, format_metrics(measured), kind="text/plain; version=0.0.4; charset=utf-8")
 
-    def answer_front(self, served):
+    def answer_front(self, served, query):
         """The served file, or where there is none a word about what this is."""
+        if not served and parse_query(query):
+            raise Refusal(400, "no 'repo'")
         if not served:
             self.send(200, "a server-update slave: /?repo=NAME starts an update")
             return
         with served.open() as file:
-            # Should the file grow, what is too much is not read.
+            # Should the file change meanwhile, what comes is no answer to the next request.
             self.close_connection = True
             self.enter(self.SENDING)
             # http.server answers for this very file, whatever its name leads to by now.
@@ -2948,8 +2961,10 @@ class Handler(GitHandler):
 
     def copyfile(self, source, outputfile):
         """Sends a file at any speed its peer has, as long as it takes something now and then."""
-        for part in iter(lambda: source.read(65536), b""):
-            outputfile.write(part)
+        # No more than was announced, should it grow meanwhile.
+        size = os.fstat(source.fileno()).st_size
+        for start in range(0, size, 65536):
+            outputfile.write(source.read(min(65536, size - start)))
             self.enter(self.SENDING)
 
     def translate_path(self, path):
@@ -2980,7 +2995,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.tls = None
         self.handlers = set()
         self.tended = 0  # when late connections were last looked for
-        self.throttle = Throttle()  # of what strangers cause
+        self.throttle = Throttle(MAX_REFUSALS_LOGGED)  # of what strangers cause
         self.read_certificate()
         port = updater.settings["PORT"]
         address = str(updater.settings["BIND"] or any_address())
@@ -3026,7 +3041,7 @@ class Server(http.server.ThreadingHTTPServer):
         for handler in list(self.handlers):
             if handler.is_late(now):
                 handler.drop()
-        self.throttle.tell()
+        self.throttle.tell(int(now))
         self.updater.tend()
         if self.updater.has_stopped():
             raise Stopped

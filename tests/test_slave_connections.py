@@ -362,6 +362,49 @@ def test_a_served_file_takes_as_long_as_its_reader(start_slave, tmp_path):
     slow.close()
 
 
+def test_no_more_of_a_file_that_grows_is_sent_than_was_announced(start_slave, tmp_path):
+    page = tmp_path / "page"
+    page.write_bytes(b"x" * 4_000_000)
+    slave = start_slave(args=[page])
+    slow = socket.socket()
+    slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    slow.settimeout(30)
+    slow.connect(("127.0.0.1", slave.port))
+    slow.sendall(b"GET / HTTP/1.1\r\n\r\n")
+    got = slow.recv(4096)
+    with page.open("ab") as grows:
+        grows.write(b"y" * 1_000_000)
+    got += read_all(slow)
+    slow.close()
+    header, _, body = got.partition(b"\r\n\r\n")
+    assert b"Content-Length: 4000000\r\n" in header
+    assert (len(body), body.count(b"y")) == (4_000_000, 0)
+
+
+def test_parameters_without_a_repository_are_a_mistake(start_slave, tmp_path):
+    """A page may be asked for with any: others put them into links."""
+    slave = start_slave()
+    assert slave.json("/?ref=x", status=400) == {"error": "no 'repo'"}
+    assert slave.json("/?ref=-x", status=400) == {"error": "bad 'ref'"}
+    assert slave.get("/?x=1")[0] == 200
+    page = tmp_path / "page"
+    page.write_text("hello")
+    assert start_slave(args=[page]).get("/?ref=x")[2] == b"hello"
+
+
+def test_a_chatty_run_is_logged_in_part_and_its_last_line_is_the_message(start_slave):
+    slave = start_slave()
+    noise = "seq -f 'line %.0f' 20000 >&2\n"
+    stand_in(slave, text="#!/bin/sh\n%secho 'fatal: why' >&2\nexit 1\n" % noise)
+    began = time.monotonic()
+    assert slave.wait_update()["message"] == "why"
+    took_s = time.monotonic() - began
+    logged = slave.log().count("hanuman: line ")
+    assert logged <= 500 * (took_s + 2)
+    left_out = sum(map(int, re.findall(r"(\d+) more like these were left out", slave.log())))
+    assert logged + slave.log().count("hanuman: fatal: ") + left_out == 20001
+
+
 SECRET = "nobody must see this"
 
 

@@ -231,7 +231,7 @@ LIVE = ("hanuman %s %s\n" % (TWO, ONE)).encode()
         (1, b"", {"fatal: ": "a", "error: ": "b", "": "c"}, None, "failed", "a"),
         (1, b"", {"error: ": "b", "": "c"}, None, "failed", "b"),
         (1, b"", {"": "c\x1b[31m\n"}, None, "failed", "c\\x1b[31m\\n"),
-        (-9, b"", {}, None, "failed", "slave-activate ended with exit status -9"),
+        (-9, b"", {}, None, "failed", "slave-activate was killed by signal 9"),
         (127, b"", {}, None, "failed", "slave-activate ended with exit status 127"),
         (-15, b"", {}, 600, "failed", "stopped as it took longer than 600 s (TIMEOUT)"),
         (
