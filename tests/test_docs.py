@@ -7,6 +7,7 @@ does.
 
 import os
 import re
+import stat
 import subprocess
 from pathlib import Path
 
@@ -29,7 +30,13 @@ BY_TEST = {
     ("recipes.md", "server-update --batch 1,10"): "test_a_careful_rollout",
     ("recipes.md", "docs/examples/check_server_update"): "test_the_nagios_plugin",
     ("recipes.md", "server-update --status --json"): "test_the_textfile_for_node_exporter",
-    ("recipes.md", "install -d /etc/server-update/hooks"): "test_uploads_are_kept",
+    ("recipes.md", "install -d /etc/server-update/hooks /srv"): "test_uploads_are_kept",
+    ("recipes.md", "ssh-keygen"): "test_a_deploy_key",
+    ("recipes.md", "git config --global credential"): "test_a_token",
+    ("recipes.md", "install -d /etc/server-update/hooks\ninstall docs/examples/only"): (
+        "test_only_signed_commits_go_live"
+    ),
+    ("recipes.md", 'server-update --commit "$(git'): "test_from_ci",
     ("recipes.md", "install -d -o deploy"): "test_a_hook_of_a_user_has_a_service_restarted",
     ("security.md", "./install.sh master --new"): "test_the_readme_is_followed_to_the_letter",
     ("security.md", "target="): "test_the_page_signs_with_curl_and_a_shell",
@@ -195,13 +202,72 @@ def test_a_careful_rollout(world):
     assert done.returncode == 0 and "new prices" in done.stdout
 
 
+def test_from_ci(world):
+    command = find_block("recipes.md", 'server-update --commit "$(git')
+    built = world.upstream.commit({"file": "built\n"})
+    assert world("git clone -q '%s' ." % world.upstream.path).returncode == 0
+    world.upstream.commit({"file": "pushed since\n"})
+    done = world(command)
+    assert done.returncode == 0 and built[:7] in done.stdout, done.stdout
+    assert (world.slave.repos / "hanuman/file").read_text() == "built\n"
+
+
+def test_a_token(world):
+    (world.work / "token").write_text("a token\n")
+    done = world(find_block("recipes.md", "git config --global credential"))
+    assert done.returncode == 0, done.stdout
+    ask = "printf 'protocol=https\\nhost=git.example.org\\n\\n' | git credential fill"
+    assert "username=deploy\npassword=a token\n" in world(ask).stdout
+    assert stat.S_IMODE((world.slave.home / ".git-credentials").stat().st_mode) == 0o600
+    assert not (world.work / "token").exists()
+
+
+SIGNED_COMMIT = """
+ssh-keygen -q -t ed25519 -N '' -f '%(key)s'
+git clone -q '%(upstream)s' ann && cd ann
+git config gpg.format ssh
+git config user.signingKey '%(key)s.pub'
+echo signed >file
+git add file
+git commit -q -S -m Signed
+git push -q origin HEAD:main
+"""
+
+
+def test_only_signed_commits_go_live(world, tmp_path):
+    need("ssh-keygen")
+    signed = {"key": tmp_path / "ann", "upstream": world.upstream.path}
+    done = world(SIGNED_COMMIT % signed)
+    assert done.returncode == 0, done.stdout
+    text = find_block("recipes.md", "install -d /etc/server-update/hooks\ninstall docs")
+    for shown, here in (
+        ("/etc/server-update/hooks", str(world.slave.hooks)),
+        ("/etc/server-update/signers", str(tmp_path / "signers")),
+        ("ann.pub", str(tmp_path / "ann.pub")),
+        ("docs/examples/", str(ROOT / "docs/examples") + "/"),
+    ):
+        assert shown in text
+        text = text.replace(shown, here)
+    assert world(text).returncode == 0
+    hook = world.slave.hooks / "pre-update"
+    hook.write_text(read(hook).replace("/etc/server-update/signers", str(tmp_path / "signers")))
+    done = world("server-update hanuman")
+    assert done.returncode == 0, done.stdout
+    live = world.slave.repos / "hanuman/file"
+    assert live.read_text() == "signed\n"
+    world.upstream.commit({"file": "by the forge alone\n"})
+    done = world("server-update hanuman")
+    assert done.returncode == 1 and "pre-update hook failed" in done.stdout, done.stdout
+    assert live.read_text() == "signed\n"
+
+
 # -- uploads and .env are kept
 
 
 @pytest.fixture
 def keeping(world, tmp_path):
     """What the recipe does, in a folder of our own in place of /srv/keep."""
-    text = find_block("recipes.md", "install -d /etc/server-update/hooks")
+    text = find_block("recipes.md", "install -d /etc/server-update/hooks /srv")
     keep = tmp_path / "keep"
     tree = world.slave.repos / "hanuman"
     (tree / "uploads").mkdir()

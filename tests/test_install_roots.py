@@ -648,6 +648,23 @@ install -d -o alice /srv/site
 """
 
 
+def test_a_deploy_key(booted):
+    upstream = make_upstream(booted, "alice")
+    booted.path("/etc/hosts").write_text("127.0.0.1 localhost git.example.org\n")
+    booted.check("useradd", "-m", "deploy")
+    text = find_block("recipes.md", "ssh-keygen")
+    out = booted.check("su", "-s", "/bin/sh", "deploy", "-c", "set -e\n" + text)
+    key = re.search("(?m)^ssh-ed25519 .*$", out).group()
+    booted.path("/home/alice/.ssh").mkdir(mode=0o700)
+    booted.path("/home/alice/.ssh/authorized_keys").write_text(key + "\n")
+    booted.check("chown", "-R", "alice:", "/home/alice/.ssh")
+    base_url = "alice@git.example.org:/srv/up"
+    install = ["./install.sh", "slave", "--user", "deploy", "--base-url", base_url]
+    booted.check(*install, cwd=CHECKOUT)
+    booted.check("./install.sh", "master", "127.0.0.1", cwd=CHECKOUT)
+    assert upstream.head()[:7] in booted.check("server-update", "hanuman")
+
+
 def test_updates_by_ssh_and_https_and_hooks_work_inside_the_restrictions(booted):
     upstream = make_upstream(booted, "alice")
     booted.check("sh", "-c", PREPARE)
