@@ -53,7 +53,7 @@ TOOLS = [
     ("python-with-flask", "-c", FLASK),
 ]
 HERE = os.path.dirname(os.path.abspath(__file__))
-ROW_ORDER = ["update", "given", "fanout", "daemon", "fleet", "at_once", "prompt"]
+ROW_ORDER = ["update", "given", "fanout", "daemon", "fleet", "at_once", "prompt", "seen"]
 
 # metric: what its column is called, how a value is written
 METRICS = {
@@ -69,6 +69,7 @@ METRICS = {
     "some": ("after 10,000 signals", "MB"),
     "many": ("after 100,000 more", "MB"),
     "rate": ("signals per second", "1/s"),
+    "typical": ("median", "ms"),
     "p99": ("99 % within", "ms"),
 }
 NO_RATIO = ("broken", "first")
