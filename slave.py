@@ -132,11 +132,11 @@ MAX_LARGE_BODIES = 4  # at once
 MAX_GIT_CONNECTIONS = 1024  # in all, where somebody may clone
 MAX_GIT_RUNS = 8  # side by side
 MAX_GIT_BODY_BYTES = 16 << 20  # unpacked: what 300,000 commits take that somebody has
-MAX_ANSWER_BYTES = 4 << 30  # on disk; beyond it the next run waits until some of it is free
+MIN_FREE_BYTES = 128 << 20  # on the disk, for all else
 KEEP_ANSWER_S = 60  # for those who ask the same a little later
 PART_BYTES = 65536  # that are read, unpacked and sent in one go
 CHUNK_RE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(;.*)?\r?\n")  # RFC 9112
-GIT_RE = re.compile(r"/git/([^/]+)\.git/(?:info/refs\?service=)?git-(upload|receive)-pack\??")
+GIT_RE = re.compile(r"/git/(\w[\w.-]*)\.git/(?:info/refs\?service=)?git-(upload|receive)-pack\??")
 GIT_PROTOCOLS = ("version=1", "version=2")
 
 # Signatures
@@ -1438,8 +1438,8 @@ def say_ended(record):
 # -- git: what may be cloned from here, by git's own upload-pack ---------------
 
 # What somebody has just been told of is sent, even if no ref leads to it any more.
-UPLOAD_PACK = shlex.split("git -c safe.directory=* -c uploadpack.allowAnySHA1InWant=true "
-                          "upload-pack --strict --stateless-rpc")
+UPLOAD_PACK = ("git -c safe.directory=* -c uploadpack.allowAnySHA1InWant=true "
+               "upload-pack --strict --stateless-rpc")
 SERVICE_LINE = b"001e# service=git-upload-pack\n0000"  # before refs, up to protocol 1
 
 
@@ -1451,13 +1451,13 @@ class Answer:
     """What upload-pack answers, in a file that all who ask the same read while it grows."""
 
     def __init__(self, folder, repo, protocol, body):
-        """Starts it; OSError where it can't."""
+        """Starts it, without a body for a list of refs; OSError where it can't."""
         self.readers = set()
         self.used = 0  # when it was asked for last
         self.file = nameless_file(folder)
-        command = [*UPLOAD_PACK, f"{folder}/{repo}.git"]
+        command = UPLOAD_PACK
         if not body:
-            command.insert(-1, "--advertise-refs")
+            command += " --advertise-refs"
             if protocol != "version=2":
                 self.file.write(SERVICE_LINE)
                 self.file.flush()
@@ -1466,86 +1466,57 @@ class Answer:
             stdin.write(body)
             stdin.seek(0)
             self.process = subprocess.Popen(
-                command, env=environ, start_new_session=True,
-                stdin=stdin, stdout=self.file, stderr=subprocess.DEVNULL)
+                f"{command} .".split(), env=environ, cwd=f"{folder}/{repo}.git",
+                start_new_session=True, stdin=stdin, stdout=self.file, stderr=subprocess.DEVNULL)
 
     def is_running(self):
         return self.process.poll() is None
-
-    def size(self):
-        return os.fstat(self.file.fileno()).st_size
-
-    def parts(self, check_peer):
-        """Yields all of it as it comes, then b""; ConnectionError where git has failed.
-
-        Calls `check_peer`, which raises where nobody waits for it any more."""
-        sent = 0
-        while True:
-            status = self.process.poll()
-            part = os.pread(self.file.fileno(), PART_BYTES, sent)
-            if not part and status is None:
-                time.sleep(POLL_S)
-                check_peer()
-                continue
-            if not part and status != 0:
-                raise ConnectionAbortedError("git upload-pack has failed")
-            yield part
-            if not part:
-                return
-            sent += len(part)
 
 
 class Mirrors:
     """The mirrors that slave-activate keeps; what many ask alike, one run of git answers."""
 
-    def __init__(self, settings, is_stopping):
-        self.folder = join(settings["REPOS_DIR"], ".server-update")
-        self.timeout_s = settings["TIMEOUT"]
-        self.is_stopping = is_stopping
+    def __init__(self, folder):
+        self.folder = folder
         self.lock = threading.Lock()  # for the next one
-        self.answers = {}  # {(repository, protocol, body, state of its refs): Answer}
+        self.answers = {}  # {what was asked for, and the state of the refs: Answer}
 
     def ask(self, reader, *asked):
         """The Answer for a handler, which may still grow; None: it is not yet its turn.
 
-        Asked for is a repository by a protocol; an empty body wants its refs. Refusal where there
-        is no mirror."""
+        Asked for is a repository, by a protocol and a body; Refusal where there is no mirror of
+        it, or no room for an answer."""
         try:
             refs = os.stat(f"{self.folder}/{asked[0]}.git/packed-refs")
         except OSError:
             raise Refusal(404, "no mirror here; where GIT_FROM is set, an update makes one")
+        if shutil.disk_usage(self.folder).free < MIN_FREE_BYTES:
+            raise Refusal(503, "the disk is nearly full", RETRY_LATER)
         # A new file is there before the old one goes, so no two states have both in common.
-        asked += (refs.st_ino, refs.st_mtime_ns)
+        key = (asked, refs.st_ino, refs.st_mtime_ns)
         with self.lock:
-            answer = self.answers.get(asked)
+            answer = self.answers.get(key)
             # One that has failed is not told again.
             if not answer or answer.process.poll():
-                if not self.has_room():
+                if sum(map(Answer.is_running, self.answers.values())) >= MAX_GIT_RUNS:
                     return None
-                answer = Answer(self.folder, *asked[:3])
-                self.answers[asked] = answer
+                answer = self.answers[key] = Answer(self.folder, *asked)
             answer.readers.add(reader)
             answer.used = monotonic()
         return answer
 
-    def has_room(self):
-        answers = self.answers.values()
-        is_full = sum(map(Answer.size, answers)) > MAX_ANSWER_BYTES
-        is_busy = sum(map(Answer.is_running, answers)) >= MAX_GIT_RUNS
-        return not is_full and not is_busy and not self.is_stopping()
-
-    def tend(self):
-        """Called twice a second: ends what takes too long, and forgets what nobody asks for."""
-        now = monotonic()
+    def tend(self, may_last_s):
+        """Called twice a second: ends what takes longer, and forgets what nobody asks for."""
         with self.lock:
-            for asked, answer in list(self.answers.items()):
-                unused_s = now - answer.used
-                is_late = unused_s > self.timeout_s or self.is_stopping()
-                is_ended = answer.is_running() and (is_late or not answer.readers)
-                if is_ended:
+            for key, answer in list(self.answers.items()):
+                unused_s = monotonic() - answer.used
+                if answer.is_running() and (unused_s > may_last_s or not answer.readers):
                     signal_group(answer.process.pid, signal.SIGKILL)
-                if is_ended or unused_s > KEEP_ANSWER_S:
-                    del self.answers[asked]
+                elif unused_s < KEEP_ANSWER_S:
+                    continue
+                del self.answers[key]
+
+
 # -- views: what is seen from outside; pure ----------------------------------
 
 # What Prometheus is told: samples are repeated for each repository.
@@ -2105,7 +2076,7 @@ class Updater:
         self.journal = Journal(join(settings["REPOS_DIR"], ".server-update"))
         self.told_to_stop = False  # set by a signal's handler, which may take no lock
         self.queue = Queue()
-        self.mirrors = Mirrors(settings, self.is_stopping)
+        self.mirrors = Mirrors(self.journal.folder)
         self.update_ended = UpdateEnded(settings, self.journal, self.is_stopping)
         self.relay = None
         if settings["SLAVELIST"]:
@@ -2289,7 +2260,7 @@ class Updater:
             with suppress(OSError):
                 self.take_up(repo)
         self.start_queued()
-        self.mirrors.tend()
+        self.mirrors.tend(0 if self.told_to_stop else self.settings["TIMEOUT"])
         if self.told_to_stop:
             with self.journal.changed:
                 self.journal.changed.notify_all()  # who waits for an end hears how it is
@@ -2701,8 +2672,8 @@ class GitHandler(Connection):
         guard = self.server.guard
         if not guard.is_from("GIT_FROM", self.client_address[0]):
             raise Refusal(403, "no clones from this address; see GIT_FROM")
-        match = GIT_RE.fullmatch(path + "?" + query)
-        if not match or not is_repo_name(match.group(1)):
+        match = GIT_RE.fullmatch(f"{path}?{query}")
+        if not match:
             raise Refusal(404, "no such path")
         repo, kind = match.groups()
         guard.check_repo(repo)
@@ -2713,27 +2684,30 @@ class GitHandler(Connection):
         if protocol not in GIT_PROTOCOLS:
             protocol = "version=0"
         body = self.read_git_body()
-        answer = None
         self.enter(self.FETCHING)
+        answer = None
         while not answer:
             answer = self.server.updater.mirrors.ask(self, repo, protocol, body)
             if not answer:
-                time.sleep(POLL_S)
-                self.check_peer()
+                self.wait_a_moment()
         try:
             self.send_answer(answer)
         finally:
             answer.readers.discard(self)
 
+    def wait_a_moment(self):
+        time.sleep(POLL_S)
+        self.check_peer()
+
     def read_git_body(self):
         """The body of a request, unpacked; nothing where there is none."""
-        body = bytearray()
         if self.command != "POST":
-            return bytes(body)
+            return b""
         self.enter(self.RECEIVING)
         parts = self.receive(self.body_sizes())
         if self.headers.get("Content-Encoding") in ("gzip", "x-gzip"):
             parts = unpack(parts)
+        body = bytearray()
         for part in parts:
             body += part
             if len(body) > MAX_GIT_BODY_BYTES:
@@ -2756,20 +2730,29 @@ class GitHandler(Connection):
 
     def send_answer(self, answer):
         """Sends what git answers as it comes; its end is told only where that is whole."""
-        kind = "result" if self.command == "POST" else "advertisement"
+        kind = {"POST": "result"}.get(self.command, "advertisement")
         is_chunked = self.request_version != "HTTP/1.0"
         self.send_response(200)
-        self.send_header("Content-Type", "application/x-git-upload-pack-" + kind)
+        self.send_header("Content-Type", f"application/x-git-upload-pack-{kind}")
         self.send_header("Cache-Control", "no-cache")
         if is_chunked:
             self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
-        if self.command == "HEAD":
-            return
-        for part in answer.parts(self.check_peer):
-            if is_chunked:
-                part = b"%x\r\n%b\r\n" % (len(part), part)
-            self.wfile.write(part)
+        sent = 0
+        part = None
+        while part != b"" and self.command != "HEAD":
+            status = answer.process.poll()
+            part = os.pread(answer.file.fileno(), PART_BYTES, sent)
+            sent += len(part)
+            if not part and status is None:
+                self.wait_a_moment()
+                part = None
+            elif not part and status != 0:
+                raise ConnectionAbortedError("git upload-pack has failed")
+            elif is_chunked:
+                self.wfile.write(b"%x\r\n%b\r\n" % (len(part), part))
+            else:
+                self.wfile.write(part)
 
 
 class Handler(GitHandler):
