@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 from processes import wait_until
-from product import load
+from product import load, shorten_pauses
 from slave_support import ONE, SECRET, make_secret, signature, stand_in
 
 slave = load("slave.py")
@@ -202,6 +202,7 @@ def test_a_slave_that_is_new(start_slave):
 def test_live_failed_and_hook_failed(start_slave, upstream):
     commit = upstream.create("hanuman", files={"a": "1"}).head()
     one = start_slave()
+    shorten_pauses(one.bin)
     record = one.wait_update()
     metrics = scrape(one)
     assert totals(metrics) == counts(live=1)

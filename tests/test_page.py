@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 
 import pytest
 from browser import Browser
-from product import load
+from product import load, daily
 from slave_support import ONE, SECRET, Slave, make_secret, signature, stop_for_good
 
 slave = load("slave.py")
@@ -420,7 +420,7 @@ def corner(png):
     return width, height, tuple(line[1:4])
 
 
-@pytest.mark.parametrize("is_dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("is_dark", daily(1, [False, True]), ids=["light", "dark"])
 @pytest.mark.parametrize("width", [1200, 360])
 @pytest.mark.parametrize("name", list(SCENES))
 def test_it_can_be_read(browser, scenes, name, width, is_dark):
