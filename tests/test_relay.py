@@ -353,7 +353,8 @@ def test_sigterm_in_the_middle_and_it_goes_on(start_slave, start_relay, upstream
 
 
 def test_a_run_that_ignores_term_is_killed(start_relay, upstream):
-    relay = start_relay(["web1"], "trap '' TERM\n: >\"$HOME/deaf\"\nsleep 99")
+    fleet = "trap '' TERM\n: >\"$HOME/deaf\"\nsleep 99"
+    relay = start_relay(["web1"], fleet, constants={"KILL_AFTER_S": 1})
     stand_in(relay)
     relay.signal()
     wait_until((relay.home / "deaf").exists)
