@@ -50,7 +50,7 @@ import time
 import zlib
 from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from os.path import abspath, dirname, expanduser, join, lexists, realpath, samestat
 from queue import SimpleQueue
 from time import monotonic
@@ -789,7 +789,7 @@ def write_synced(path, content):
     """Puts a file in its place, whole or not at all: a loss of power after this takes nothing.
 
     (Of a new one once its folder is synced, too.)"""
-    beside = join(dirname(path), "record.tmp")
+    beside = f"{dirname(path)}/record.tmp"
     with open(beside, "wb") as handle:
         handle.write(content)
         handle.flush()
@@ -821,15 +821,16 @@ class Journal:
         self.unsaved = set()  # those whose record is not on disk as it is in memory
         self.changes = SimpleQueue()
         self.changed = threading.Condition()  # told after each change
-        self.floor = Floor(join(folder, "signed"))
+        self.floor = Floor(f"{folder}/signed")
         self.fds = []  # that hold the locks; the last one is the state folder
         self.take()
         # A disk that is full or read-only is told now, not at the first signal.
         write_synced(self.path("test"), b"")
         os.unlink(self.path("test"))
         for name in os.listdir(folder):
-            if name.endswith(".json"):
-                self.load(name[:-len(".json")])
+            repo, _, kind = name.rpartition(".")
+            if kind == "json":
+                self.load(repo)
         # It certainly runs from here on: without it no signal would ever get an answer.
         threading.Thread(target=self.write_changes, daemon=True).start()
 
@@ -856,7 +857,7 @@ class Journal:
             return False
 
     def path(self, repo):
-        return join(self.folder, repo + ".json")
+        return f"{self.folder}/{repo}.json"
 
     def load(self, repo):
         """Reads a record; one that can't be read now stays where it is, a broken one does not."""
@@ -921,7 +922,7 @@ class Journal:
         except Exception as error:
             log(f"can't write in {self.folder}: {reason(error)}")
             with suppress(OSError):
-                os.unlink(join(self.folder, "record.tmp"))
+                os.unlink(f"{self.folder}/record.tmp")
             for change in batch:
                 change.outcome = error
             # Nothing of a batch counts but what has happened anyway: the start or end of a run.
@@ -957,9 +958,9 @@ class Journal:
         if records.all():
             write_synced(self.path(repo), records.encode())
             return
-        for name in (repo + ".json", repo + ".lock"):
+        for kind in ("json", "lock"):
             with suppress(FileNotFoundError):
-                os.unlink(join(self.folder, name))
+                os.unlink(f"{self.folder}/{repo}.{kind}")
 
     def sync(self):
         os.fsync(self.fds[-1])
@@ -1729,13 +1730,15 @@ def format_page(records, host):
 
 # -- guard: who may ask for what ---------------------------------------------
 
-def refusal_of_old(when, floor):
-    """The Refusal of what was signed at `when`, as all up to `floor` may be a replay."""
+def check_time(when, floor):
+    """Refuses what was signed at `when`, if that was not after `floor`: it may be a replay."""
     wait_s = floor + 1 - when
+    if wait_s <= 0:
+        return
     text = f"signed too long ago to be told from a replay; sign again in {wait_s} s"
     refusal = Refusal(503, text, ("Retry-After", str(wait_s)))
     refusal.more = {"floor": floor}
-    return refusal
+    raise refusal
 
 
 class Floor:
@@ -1762,8 +1765,7 @@ class Floor:
 
     def take(self, when):
         """Takes a signal that was signed at `when`, or a Refusal."""
-        if when <= self.at_start:
-            raise refusal_of_old(when, self.at_start)
+        check_time(when, self.at_start)
         with self.lock:
             if when > self.newest:
                 self.newest = when + FLOOR_STEP_S
@@ -1789,12 +1791,20 @@ class Nonces:
             if len(self.taken) >= MAX_NONCES:
                 self.taken.clear()
                 self.floor = self.newest
-            if when <= self.floor:
-                raise refusal_of_old(when, self.floor)
+            check_time(when, self.floor)
             if nonce in self.taken:
                 raise Refusal(401, "signature missing or wrong")
             self.taken.add(nonce)
             self.newest = max(self.newest, when)
+
+
+@contextmanager
+def can(what):
+    """Refuses for now where an OSError keeps this slave from doing something."""
+    try:
+        yield
+    except OSError as error:
+        raise Refusal(503, f"can't {what}: {reason(error)}", RETRY_LATER)
 
 
 class Guard:
@@ -1813,18 +1823,17 @@ class Guard:
 
     def needs_signature(self):
         """Reads the secrets afresh, for a change without a gap; whether there are any."""
-        try:
+        with can("read the secret"):
             if not self.secrets and is_absent(self.path):
                 return False
-            self.secrets = read_secrets(self.path)
-        except ValueError as error:
-            # Those from before hold; where there were none, nobody has one that is right.
-            if str(error) != self.complaint:
-                log(f"the secret stays what it was: {error}")
-            self.complaint = str(error)
-        except OSError as error:
-            raise Refusal(503, "can't read the secret: " + reason(error), RETRY_LATER)
-        return True
+            try:
+                self.secrets = read_secrets(self.path)
+            except ValueError as error:
+                # Those from before hold; where there were none, nobody has one that is right.
+                if str(error) != self.complaint:
+                    log(f"the secret stays what it was: {error}")
+                self.complaint = str(error)
+            return True
 
     def check_signature(self, values, method, target, now):
         """When it was signed; None where none is needed. `values` are those of its header.
@@ -1839,12 +1848,12 @@ class Guard:
         when, nonce, mac = match.groups()
         secret = self.find_secret(mac, method, target, when, nonce)
         # The difference of the clocks tells nothing to who has no key.
-        difference = abs(now - int(when))
+        when = int(when)
+        difference = abs(now - when)
         if difference > MAX_CLOCK_DIFFERENCE_S:
             raise Refusal(401, f"the clocks are {difference} s apart")
-        nonces = self.nonces.setdefault(secret, Nonces())
-        nonces.take(bytes.fromhex(nonce), int(when))
-        return int(when)
+        self.nonces.setdefault(secret, Nonces()).take(bytes.fromhex(nonce), when)
+        return when
 
     def find_secret(self, mac, *signed):
         """The secret that signs like this, compared in constant time."""
@@ -1894,16 +1903,14 @@ class Hooks:
 
     def look(self, folder):
         """Whether there is one; OSError where that can't be known."""
-        is_there = not is_absent(join(folder, "pre-update"))
+        is_there = not is_absent(f"{folder}/pre-update")
         if is_there:
             self.there.add(folder)
         return is_there
 
     def check(self, folder):
-        try:
+        with can("look at the pre-update hook"):
             is_there = self.look(folder)
-        except OSError as error:
-            raise Refusal(503, "can't look at the pre-update hook: " + reason(error), RETRY_LATER)
         # Who removes it on purpose has to say so, by a restart.
         if folder in self.there and not is_there:
             raise Refusal(503, "the pre-update hook is gone; if that is meant, restart the slave",
@@ -2121,10 +2128,8 @@ class Updater:
         self.check_hook(repo)
         if self.relay and self.relay.id in (asked.get("via") or ""):
             raise Refusal(409, "a circle of relays: this one is beneath itself")
-        try:
+        with can("record the update"):
             records = self.journal.commit(repo, Records.accept, repo, ref, time.time(), asked)
-        except OSError as error:
-            raise Refusal(503, "can't record the update: " + reason(error), RETRY_LATER)
         record = records.queued
         why = ", ".join(filter(None, (peer, record.by, record.note)))
         log(f"{repo}: update {record.update} was asked for by {why}")
@@ -2334,16 +2339,15 @@ def find_clone(path, repos):
             target = join(dirname(here), os.readlink(here))
             parts = target.split("/") + parts
             here = "/"
-        elif is_outside and lexists(join(here, ".git")):
+        elif is_outside and lexists(f"{here}/.git"):
             clone = here
     return clone
 
 
 def is_content(path, clone):
     """Whether a path is in a clone, and not in git's own folder, which knows passwords of URLs."""
-    if not path.startswith(clone + "/"):
-        return False
-    return ".git" not in path[len(clone):].lower().split("/")
+    parts = path[len(clone):].lower().split("/")
+    return path.startswith(f"{clone}/") and ".git" not in parts
 
 
 class ServedFile:
