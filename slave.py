@@ -17,11 +17,12 @@ or SIGINT, 1 could not start, 2 usage or settings.
 
 import os
 import signal
+from signal import SIGHUP, SIGINT, SIGKILL, SIGTERM
 
 if __name__ == "__main__":  # there is nothing to be stopped yet, nor a certificate to be read
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-    signal.signal(signal.SIGINT, lambda *_: os._exit(0))
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(SIGTERM, lambda *_: os._exit(0))
+    signal.signal(SIGINT, lambda *_: os._exit(0))
+    signal.signal(SIGHUP, signal.SIG_IGN)
 
 import _thread
 import argparse
@@ -1095,9 +1096,9 @@ class Run:
             return None
         # From here on it is by force, whether it obeys or not.
         why = "stop" if is_stopping() else "timeout"
-        self.signal(signal.SIGTERM)
+        self.signal(SIGTERM)
         if not self.ends_within(KILL_AFTER_S):
-            self.signal(signal.SIGKILL)
+            self.signal(SIGKILL)
             self.ends_within(GIVE_UP_AFTER_S)
         return why
 
@@ -1145,7 +1146,7 @@ class Run:
 
     def end_rest(self):
         """Has what it left end, which gets a moment to say something."""
-        self.signal(signal.SIGTERM)
+        self.signal(SIGTERM)
         # What it said last may still be in the pipes.
         deadline = monotonic() + LEFTOVER_S
         while self.listen(POLL_S) and monotonic() < deadline:
@@ -1157,7 +1158,7 @@ class Run:
     def close(self):
         """Kills what is still there of it, and forgets it; what can't be killed is only told."""
         self.throttle.tell()
-        self.signal(signal.SIGKILL)
+        self.signal(SIGKILL)
         self.process.stdout.close()
         self.process.stderr.close()
         if self.status is not None:
@@ -1234,7 +1235,7 @@ def judge_hook(status, words):
         return int(match.group(1))
     if status == 3:
         return 1
-    return 128 - (status or -signal.SIGKILL)
+    return 128 - (status or -SIGKILL)
 
 
 # -- forges: what a forge proves, and what it says of a push; pure ---------------
@@ -1512,7 +1513,7 @@ class Mirrors:
             for key, answer in list(self.answers.items()):
                 unused_s = monotonic() - answer.used
                 if answer.is_running() and (unused_s > may_last_s or not answer.readers):
-                    signal_group(answer.process.pid, signal.SIGKILL)
+                    signal_group(answer.process.pid, SIGKILL)
                 elif unused_s < KEEP_ANSWER_S:
                     continue
                 del self.answers[key]
@@ -1972,7 +1973,7 @@ def end_marked(pattern):
         # Others' can't be looked at, or have ended meanwhile.
         with suppress(OSError):
             if re.search(pattern, read_file(f"/proc/{name}/environ")):
-                os.kill(int(name), signal.SIGKILL)
+                os.kill(int(name), SIGKILL)
 
 
 class Relay:
@@ -2270,6 +2271,11 @@ class Updater:
             with self.journal.changed:
                 self.journal.changed.notify_all()  # who waits for an end hears how it is
 
+    def stop(self, *_):
+        """A signal may come in the midst of another: a lock would be waited for for ever."""
+        log("stopping")
+        self.told_to_stop = True
+
     def is_stopping(self):
         return self.told_to_stop
 
@@ -2506,6 +2512,10 @@ class Connection(http.server.SimpleHTTPRequestHandler):
     def gives_way(self):
         """What connections are sorted by: the first one gives way to a new one."""
         return max(self.stage, self.SENDING), self.since
+
+    def is_waited_for(self):
+        """Whether its peer waits for an answer."""
+        return self.stage in (self.FOLLOWING, self.ANSWERING)
 
     def is_late(self, now):
         return now > self.since + self.MAY_LAST_S.get(self.stage, float("inf"))
@@ -3047,9 +3057,7 @@ class Server(http.server.ThreadingHTTPServer):
     def process_request(self, request, client_address):
         """Has a thread serve a new connection; RuntimeError, MemoryError where there is none."""
         # There is always room for a new one, or silent ones could shut everybody out.
-        most = MAX_CONNECTIONS
-        if self.guard.settings["GIT_FROM"]:
-            most = MAX_GIT_CONNECTIONS
+        most = MAX_GIT_CONNECTIONS if self.guard.settings["GIT_FROM"] else MAX_CONNECTIONS
         room = max_connections(most) - len(self.handlers)
         if room <= 0:
             self.drop_one()
@@ -3070,10 +3078,7 @@ class Server(http.server.ThreadingHTTPServer):
     def finish_answers(self):
         """Lets who waits for an answer at the end still have it."""
         deadline = monotonic() + CLOSE_TIMEOUT_S
-        while monotonic() < deadline:
-            stages = {handler.stage for handler in list(self.handlers)}
-            if not stages & {Connection.FOLLOWING, Connection.ANSWERING}:
-                return
+        while monotonic() < deadline and any(map(Connection.is_waited_for, list(self.handlers))):
             time.sleep(POLL_S)
 
     def drop_one(self):
@@ -3111,13 +3116,9 @@ def any_address():
 
 # -- main --------------------------------------------------------------------------
 
-def stop_on_signals(updater):
-    def stop(*_):
-        # One signal may come in the midst of another: a lock would be waited for for ever.
-        log("stopping")
-        updater.told_to_stop = True
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
+def handle_signals(signals, handler):
+    for number in signals:
+        signal.signal(number, handler)
 
 
 def tell_ready(address):
@@ -3151,8 +3152,8 @@ def serve(options):
     if not guard.secrets:
         log(f"no secret: who can reach the port can have repositories of {settings['BASE_URL']} "
             f"updated here; to change that, put one into {guard.path}")
-    stop_on_signals(updater)
-    signal.signal(signal.SIGHUP, server.read_certificate)
+    handle_signals((SIGTERM, SIGINT), updater.stop)
+    handle_signals((SIGHUP,), server.read_certificate)
     log(f"clones go live in {settings['REPOS_DIR']}, by {command}")
     tls = ", TLS" if server.tls else ""
     log(f"listening on port {server.server_address[1]} "
@@ -3230,14 +3231,11 @@ def be_process_1(options):
         with suppress(ProcessLookupError):
             os.kill(child, number)
     # A signal that comes before this ends process 1, and all of the container with it.
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, pass_on)
+    handle_signals((SIGTERM, SIGINT, SIGHUP), pass_on)
     while True:
         pid, status = os.wait()
-        if pid == child and os.WIFSIGNALED(status):
-            return 128 + os.WTERMSIG(status)
         if pid == child:
-            return os.WEXITSTATUS(status)
+            return os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
 
 
 def make_parser():
