@@ -30,6 +30,11 @@ CLAIMS = [
      "signal-10000", "delayed dead", "first", MASTER, None, "<=", 0.3),
     ("10,000 slaves, 2 % dead: less than 60 MB",
      "signal-10000", "delayed dead", "memory", MASTER, None, "<=", 60),
+    *[(f"{int(number):,} slaves, all live: at most {bound} {unit}",
+       "many", number, metric, MASTER, None, "<=", bound)
+      for number, metric, bound, unit in (("10000", "seconds", 9, "s"),
+                                          ("100000", "seconds", 60, "s"),
+                                          ("100000", "memory", 200, "MB"))],
     *[(f"{what}: within {bound} s", "prompt", "prompt", "seconds", what, None, "<=", bound)
       for what, bound in (("slave.py listens", 0.3), ("an outcome is told", 0.05),
                           ("50 requests on one connection", 1), ("a mistake is told", 1),

@@ -25,6 +25,8 @@ DEAD_EVERY = 50
 UPDATE_S = 5
 XARGS_MOST = 1000
 POLL_S = 0.02
+MANY = (1000, 10000, 100000)
+MANY_ROUNDS = 3
 
 
 class Fleet:
@@ -157,6 +159,20 @@ def measure_followed(args, results, number, update_s):
         fleet.stop()
 
 
+def measure_many(args, results, number):
+    """A table: slaves that all go live, on one machine with their master."""
+    fleet = Fleet(args.work, number, update_s=UPDATE_S)
+    title = f"{number:,} slaves, all followed to the end of updates that take {UPDATE_S} s"
+    group = results.group(title, OURS, kind="many", situation=str(number))
+    group["plot"] = {"followed": number}
+    program = os.path.join(measure.PRODUCT, "server-update")
+    argv = [sys.executable, program, "--list", fleet.list, "--json", "hanuman"]
+    try:
+        take_turns(group, MANY_ROUNDS, {OURS: (argv, b'"outcome": "live"')}, {OURS: number})
+    finally:
+        fleet.stop()
+
+
 def shell_commands(ssh, number, fleet):
     """The shells over ssh, each running a command that does nothing on all hosts at once."""
     hosts = ",".join(f"slave{slave}" for slave in range(1, number + 1))
@@ -204,6 +220,8 @@ def measure_all(args, results):
             connect_s = CONNECT_S if number == 10000 else SHORT_CONNECT_S
             measure_signals(args, results, number, DELAY_S, True, connect_s)
     measure_followed(args, results, 10000, UPDATE_S)
+    for number in MANY:
+        measure_many(args, results, number)
     if args.all:
         measure_shells(args, results, 10)
     measure_shells(args, results, 100)

@@ -12,6 +12,7 @@ PANELS = {
         "slaves",
         {"server-update": "#0969da", "curl -Z": "#57606a", "xargs -P64 curl": "#bc4c00"},
     ),
+    "followed": ("slaves, each for 5 s", {"server-update": "#0969da"}),
     "files": (
         "files in the tree",
         {

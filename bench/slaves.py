@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Ten thousand slaves in one process: any address of 127.0.0.0/8, as fast as one thread can.
+"""A hundred thousand slaves in one process: any address of 127.0.0.0/8, as fast as one thread can.
 
     slaves.py DELAY_S UPDATE_S [DEAD_ADDRESS...]
 

@@ -240,7 +240,7 @@ def test_ranges(server_update, entry, expected):
 
 
 BAD_RANGE = "bad range '[%s]' (like [01-40] or [1-3,7])"
-ANSIBLE = "%r is of ansible; here: a slave or a [GROUP] a line"
+ANSIBLE = "%r is ansible's; here: a slave or a [GROUP] a line"
 
 
 @pytest.mark.parametrize(
