@@ -1521,69 +1521,64 @@ class Mirrors:
 
 # -- views: what is seen from outside; pure ----------------------------------
 
-# What Prometheus is told: samples are repeated for each repository.
-METRICS = """\
-# HELP server_update_updates_total Updates that have ended since the slave began.
-# TYPE server_update_updates_total counter
-server_update_updates_total{repo="%(repo)s",outcome="live"} %(live)s
-server_update_updates_total{repo="%(repo)s",outcome="hook failed"} %(hook failed)s
-server_update_updates_total{repo="%(repo)s",outcome="beneath failed"} %(beneath failed)s
-server_update_updates_total{repo="%(repo)s",outcome="failed"} %(failed)s
-# HELP server_update_updating Whether an update is queued or runs.
-# TYPE server_update_updating gauge
-server_update_updating{repo="%(repo)s"} %(updating)s
-# HELP server_update_last_update_success Whether it ended as live, also beneath.
-# TYPE server_update_last_update_success gauge
-server_update_last_update_success{repo="%(repo)s"} %(success)s
-# HELP server_update_last_update_timestamp_seconds When the last update ended.
-# TYPE server_update_last_update_timestamp_seconds gauge
-server_update_last_update_timestamp_seconds{repo="%(repo)s"} %(ended)s
-# HELP server_update_last_live_timestamp_seconds When an update went live last.
-# TYPE server_update_last_live_timestamp_seconds gauge
-server_update_last_live_timestamp_seconds{repo="%(repo)s"} %(lived)s
-# HELP server_update_live_commit_info The commit that is live.
-# TYPE server_update_live_commit_info gauge
-server_update_live_commit_info{repo="%(repo)s",commit="%(commit)s"} 1
-# HELP server_update_beneath Slaves beneath, by how the last update ended there.
-# TYPE server_update_beneath gauge
-%(beneath)s"""
 INFO = f"""\
 # HELP server_update_info The version that runs.
 # TYPE server_update_info gauge
-server_update_info{{version="{VERSION}"}} 1
-"""
-BENEATH = 'server_update_beneath{repo="%s",outcome="%s"} %d\n'
+server_update_info{{version="{VERSION}"}} 1"""
 
 
 def measure(now, records):
-    """What METRICS needs to know of a repository; `now` is its newest record as it looks now."""
+    """What Prometheus is told of a repository, each metric by itself, in its text format.
+
+    `now` is the newest record as it looks now. All words are ours, and need no escapes."""
     last = now  # that has ended
     if records.ended and not now.finished:
         last = records.ended[-1]
     lived = [record.finished for record in records.ended if record.state == "live"]
-    counts = (last.beneath or {}).items()
-    values = now._asdict()
-    values.update(dict.fromkeys(OUTCOMES[:4], 0))
-    values.update(records.counts)
-    values["updating"] = int(not now.finished)
-    values["success"] = int(outcome(last) == "live")
-    values["ended"] = last.finished or 0
-    values["lived"] = max(lived, default=0)
-    # Only server-update's own words are in there: see sum_counts.
-    lines = [BENEATH % (now.repo, *count) for count in counts]
-    values["beneath"] = "".join(lines)
-    return values
+    beneath = [f'server_update_beneath{{repo="{now.repo}",outcome="{name}"}} {count}'
+               for name, count in (last.beneath or {}).items()]
+    lines = "\n".join(beneath)
+    repo, counts = now.repo, records.counts
+    return f"""\
+# HELP server_update_updates_total Updates that have ended since the slave began.
+# TYPE server_update_updates_total counter
+server_update_updates_total{{repo="{repo}",outcome="live"}} {counts["live"]}
+server_update_updates_total{{repo="{repo}",outcome="hook failed"}} {counts["hook failed"]}
+server_update_updates_total{{repo="{repo}",outcome="beneath failed"}} {counts["beneath failed"]}
+server_update_updates_total{{repo="{repo}",outcome="failed"}} {counts["failed"]}
+
+# HELP server_update_updating Whether an update is queued or runs.
+# TYPE server_update_updating gauge
+server_update_updating{{repo="{repo}"}} {int(not now.finished)}
+
+# HELP server_update_last_update_success Whether it ended as live, also beneath.
+# TYPE server_update_last_update_success gauge
+server_update_last_update_success{{repo="{repo}"}} {int(outcome(last) == "live")}
+
+# HELP server_update_last_update_timestamp_seconds When the last update ended.
+# TYPE server_update_last_update_timestamp_seconds gauge
+server_update_last_update_timestamp_seconds{{repo="{repo}"}} {last.finished or 0}
+
+# HELP server_update_last_live_timestamp_seconds When an update went live last.
+# TYPE server_update_last_live_timestamp_seconds gauge
+server_update_last_live_timestamp_seconds{{repo="{repo}"}} {max(lived, default=0)}
+
+# HELP server_update_live_commit_info The commit that is live.
+# TYPE server_update_live_commit_info gauge
+server_update_live_commit_info{{repo="{repo}",commit="{now.commit}"}} 1
+
+# HELP server_update_beneath Slaves beneath, by how the last update ended there.
+# TYPE server_update_beneath gauge
+{lines}""".split("\n\n")
 
 
 def format_metrics(measured):
-    """Prometheus's text format, of what measure() made of each repository."""
-    text = INFO
-    for line in METRICS.splitlines(keepends=True):
-        if line.startswith("#"):
-            text += line
-        else:
-            text += "".join(line % values for values in measured)
-    return text
+    """All that Prometheus is told, of what measure() says of each repository."""
+    lines = [INFO]
+    for family in zip(*measured):
+        # What describes a metric comes once, before all samples of it.
+        lines.extend(dict.fromkeys("\n".join(family).split("\n")))
+    return "\n".join(lines) + "\n"
 
 
 # What the page says that a repository is at, the worst first, and what is to be done about it.
@@ -1599,17 +1594,9 @@ ADVICE = {
 MAX_UNFOLDED = 3  # slaves beneath, where there are several repositories
 # The only style that a browser takes is the page's own, by its hash; scripts it takes none.
 PAGE_POLICY = ("default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
-               "style-src 'sha256-qyuaMO+szCW8hFqJ1v+Z0fcUMRJVaK1w7OjIHJVV24A='")
+               "style-src 'sha256-EoWbbpTw82LXSgpRn0/G/kcPmhyfMeXGx6pnO8MvRQU='")
 PAGE_HEADERS = (("Content-Security-Policy", PAGE_POLICY), ("X-Content-Type-Options", "nosniff"))
-PAGE = """\
-<!DOCTYPE html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="refresh" content="30">
-<title>%(summary)s \u2013 %(host)s</title>
-<style>
+STYLE = """
 :root {
   --paper: #fff; --ink: #1c2024; --soft: #60646c; --line: #e2e4e9; --link: #0b5cad;
   --bad: #b3261e; --bad-paper: #fdf0ee; --busy: #8a5a00; --good: #1a7f37;
@@ -1631,21 +1618,21 @@ p, i, em, th { color: var(--soft); font-style: normal; }
 td > i, em { display: block; }
 a { color: var(--link); }
 code { font: .93em ui-monospace, monospace; }
-table { width: 100%%; table-layout: fixed; border-collapse: collapse; }
+table { width: 100%; table-layout: fixed; border-collapse: collapse; }
 th { text-align: left; font-size: .85rem; }
 th, td { padding: .45rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top; }
-th.name { width: 15%%; }
+th.name { width: 15%; }
 th.state { width: 9.6rem; }
 th.commit { width: 6rem; }
-th.ref { width: 11%%; }
+th.ref { width: 11%; }
 th.since { width: 6.8rem; }
-th.by { width: 17%%; }
+th.by { width: 17%; }
 td.name, td.state { font-weight: 600; }
 .failed .state, .not .state { color: var(--bad); }
 .running .state, .queued .state { color: var(--busy); }
 .live .state { color: var(--good); }
 .failed td, .not td { background: var(--bad-paper); }
-.live em, .running em, .queued em, .bad- { display: none; }
+.live em, .running em, .queued em, .bad-0 { display: none; }
 ul { margin: .2rem 0; padding-left: 1.1rem; }
 @media (max-width: 60rem) {
   body { padding: 1rem .75rem; }
@@ -1662,26 +1649,7 @@ ul { margin: .2rem 0; padding-left: 1.1rem; }
   .name::before, .state::before, .message::before { content: none; }
   .state, .since { text-align: right; }
 }
-</style>
-<h1>%(summary)s</h1>
-<p>%(host)s \u00b7 server-update %(version)s \u00b7 <a href="?">all</a></p>
-<table>
-<thead><tr><th class="name">Repository<th class="state">State<th class="commit">Commit
-<th class="ref">Ref<th class="since">Since (UTC)<th class="by">By<th class="message">Message
-<tbody>
 """
-ROW = """\
-<tr class="%(state)s">
-<td class="name" data-label="Repository"><a href="?repo=%(repo)s">%(repo)s</a></td>
-<td class="state" data-label="State">%(state)s</td>
-<td class="commit" data-label="Commit" title="%(commit)s"><code>%(commit).7s</code></td>
-<td class="ref" data-label="Ref">%(ref)s</td>
-<td class="since" data-label="Since">%(since)s</td>
-<td class="by" data-label="By">%(by)s<i>%(note)s</i></td>
-<td class="message">%(message)s <em>%(advice)s <code>server-update %(repo)s</code></em>
-<details class="bad-%(named)s" %(fold)s><summary>Not good, by name: %(named)s</summary><ul>"""
-BAD = """
-<li><b>%(slave)s</b> %(outcome)s <i>%(message)s</i>"""
 
 
 def state_of(now):
@@ -1693,40 +1661,58 @@ def state_of(now):
     return outcome(now)
 
 
-def fill(template, **fields):
-    """HTML in which no field is markup, nor moves or hides what is beside it."""
-    for key, value in fields.items():
-        fields[key] = html.escape(escape(str(value or "")))
-    return template % fields
+def mark_up(value):
+    """Anything as HTML in which nothing is markup, nor moves or hides what is beside it."""
+    return html.escape(escape(str(value or "")))
 
 
-def format_row(now, state, is_alone):
+def format_row(now, is_alone):
     """A row of the page; all is unfolded in one that is alone."""
+    state = state_of(now)
     bad = now.beneath_bad or []
+    commit = now.commit or ""
+    fold = "open" if is_alone or len(bad) <= MAX_UNFOLDED else ""
     since = time.gmtime(now.finished or now.started or now.requested)
-    fields = now._asdict()
-    fields.update(state=state, advice=ADVICE[state])
-    fields["named"] = len(bad)
-    fields["fold"] = "open" if is_alone or len(bad) <= MAX_UNFOLDED else ""
-    text = fill(ROW, since=time.strftime("%Y-%m-%d %H:%M:%S", since), **fields)
-    for slave in bad:
-        text += fill(BAD, **slave)
-    return text + "</ul></details></td></tr>\n"
+    slaves = [f"""
+<li><b>{mark_up(one["slave"])}</b> {mark_up(one["outcome"])} <i>{mark_up(one["message"])}</i>"""
+              for one in bad]
+    return f"""\
+<tr class="{state}">
+<td class="name" data-label="Repository"><a href="?repo={now.repo}">{now.repo}</a></td>
+<td class="state" data-label="State">{state}</td>
+<td class="commit" data-label="Commit" title="{commit}"><code>{commit[:7]}</code></td>
+<td class="ref" data-label="Ref">{mark_up(now.ref)}</td>
+<td class="since" data-label="Since">{time.strftime("%Y-%m-%d %H:%M:%S", since)}</td>
+<td class="by" data-label="By">{mark_up(now.by)}<i>{mark_up(now.note)}</i></td>
+<td class="message">{mark_up(now.message)}
+<em>{ADVICE[state]} <code>server-update {now.repo}</code></em>
+<details class="bad-{len(bad)}" {fold}>
+<summary>Not good, by name: {len(bad)}</summary><ul>{"".join(slaves)}</ul></details></td></tr>
+"""
 
 
 def format_page(records, host):
     """The page of these repositories, each its newest record as it looks now."""
-    summary = []
-    rows = ""
-    for state in ADVICE:
-        found = [now for now in records if state_of(now) == state]
-        if found:
-            summary.append(f"{len(found)} {state}")
-        for now in found:
-            rows += format_row(now, state, len(records) == 1)
-    head = ", ".join(summary) or "no repository yet"
-    page = fill(PAGE, summary=head, host=host, version=VERSION)
-    return page + rows + "</table>"
+    found = {state: [now for now in records if state_of(now) == state] for state in ADVICE}
+    counts = [f"{len(found[state])} {state}" for state in ADVICE if found[state]]
+    summary = ", ".join(counts) or "no repository yet"
+    rows = [format_row(now, len(records) == 1) for state in ADVICE for now in found[state]]
+    return f"""\
+<!DOCTYPE html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="refresh" content="30">
+<title>{summary} \u2013 {mark_up(host)}</title>
+<style>{STYLE}</style>
+<h1>{summary}</h1>
+<p>{mark_up(host)} \u00b7 server-update {VERSION} \u00b7 <a href="?">all</a></p>
+<table>
+<thead><tr><th class="name">Repository<th class="state">State<th class="commit">Commit
+<th class="ref">Ref<th class="since">Since (UTC)<th class="by">By<th class="message">Message
+<tbody>
+{"".join(rows)}</table>"""
 
 
 # -- guard: who may ask for what ---------------------------------------------
@@ -2933,12 +2919,8 @@ class Handler(GitHandler):
         return {"version": VERSION, "repos": repos}
 
     def answer_metrics(self):
-        records = self.server.updater.journal.records
-        measured = []
-        for now in self.look_at_all():
-            if now.commit:
-                before = records.get(now.repo, Records())
-                measured.append(measure(now, before))
+        looked = [now for now in self.look_at_all() if now.commit]
+        measured = [measure(now, self.server.updater.records(now.repo)) for now in looked]
         self.send(200, format_metrics(measured), kind="text/plain; version=0.0.4; charset=utf-8")
 
     def answer_front(self, served, query):

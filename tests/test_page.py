@@ -32,7 +32,7 @@ HOSTILE = (
     "<script>document.title='x'</script><img src=//127.0.0.1:1/x onerror=alert(1)>\"'&amp;"
     "</table><style>*{display:none}</style><meta http-equiv=refresh content=0>%s%(x)s{}"
 )
-HIDDEN = "Not good, by name:"
+HIDDEN = "Not good, by name: 0"
 NOW = time.time()
 
 
