@@ -137,9 +137,9 @@ def broken(reply, *more):
     return step if reply.status else step._replace(action=END, outcome="failed")
 """, scenarios.a_restart_between_signal_and_outcome_is_seen_through),
     Mutation("another ref is as good as ours", "server-update", "judge_record", """
-def broken(record, wanted):
-    record.ref = wanted.ref
-    return original(record, wanted)
+def broken(record, args, *more):
+    record.ref = args.ref
+    return original(record, args, *more)
 """, scenarios.a_replaced_update_is_no_success),
     Mutation("nothing goes on beneath", "slave.py", "Updater.update_beneath", """
 def broken(self, record, changes):
