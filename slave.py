@@ -2214,7 +2214,9 @@ class Updater:
     def end_update(self, repo, update, changes):
         """Records how an update has ended, unless it had before, and tells of it."""
         if changes["state"] == "failed":
-            changes["commit"] = read_live_commit(self.tree(repo))
+            # Whatever goes wrong here, who waits must hear of an end.
+            with suppress(Exception):
+                changes["commit"] = read_live_commit(self.tree(repo))
             if self.relay:
                 changes.update(self.relay.not_started(changes["message"]))
         changes["untold"] = lexists(self.update_ended.path(repo))

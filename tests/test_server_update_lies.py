@@ -86,8 +86,8 @@ def broken(body):
     "1.0 knows of pins": (
         "why_other",
         """
-def broken(record, wanted):
-    return "" if record.pin == UNTOLD else original(record, wanted)""",
+def broken(record, *more):
+    return "" if record.pin == UNTOLD else original(record, *more)""",
         "too old",
     ),
     "what failed before is no matter": (
