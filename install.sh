@@ -240,12 +240,6 @@ find_settings() {
   list=$etc/slavelist.txt
   secret=$etc/secret
   master_key=$etc/master-key
-  with_list=''
-  with_key=''
-  if [ -n "$is_private" ]; then
-    with_list=" --list '$list'"
-    with_key=" --master-key-file '$master_key'"
-  fi
 }
 
 find_manager() {
@@ -883,7 +877,7 @@ belongs_to_user() { # FILE
 say_how_slaves_get_keys() {
   if [ ! -e "$secret" ]; then
     say "Each slave takes its own key from these, where $user runs slave.py:"
-    print_key_lines "$with_key" cat
+    print_key_lines '' cat
     return
   fi
   say "All slaves share $secret until now. For each a key of its own, without a gap:"
@@ -894,7 +888,7 @@ say_how_slaves_get_keys() {
     say "  mv '$key_file' '$master_key'"
   fi
   say "3. Once no server-update that began before runs any more, each forgets what is shared:"
-  print_key_lines "$with_key" cat
+  print_key_lines '' cat
   if [ ! -e "$unit" ]; then # else it is the secret of the slave that this machine is, too
     say "  rm '$secret'"
   fi
@@ -923,11 +917,8 @@ print_host() { # ENTRY: its host alone
 }
 
 say_how_to_update() {
-  if [ -n "$is_private" ] && [ -e "$master_key" ]; then
-    with_list="$with_list$with_key"
-  fi
   say "List the slaves in $list and run ./install.sh slave on each; then here:"
-  say "  '$prefix/bin/server-update'$with_list NAME"
+  say "  '$prefix/bin/server-update' NAME"
 }
 
 # --- a slave ---

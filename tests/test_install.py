@@ -258,8 +258,9 @@ def test_without_root_from_nothing_to_an_update(installer, as_user, upstream, tm
     out = installer.check(
         "master", "--new-secret", *prefix, staged=False, before=as_user, env=env
     )
-    key = home / ".local/etc/server-update/master-key"
-    assert out.splitlines()[-1].endswith(" --master-key-file '%s' NAME" % key)
+    assert out.splitlines()[-1] == "  '%s/.local/bin/server-update' NAME" % home
+    done = subprocess.check_output([*as_user, "sh", "-c", command + " --slave-key web1"])
+    assert re.fullmatch(rb"[0-9a-f]{64}\n", done)
     out = installer.check("uninstall", *prefix, staged=False, before=as_user, env=env)
     assert out.endswith("the clones in %s/my repos\n" % home)
     assert set(files(home / ".local")) == {
