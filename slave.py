@@ -1240,20 +1240,10 @@ def judge_hook(status, words):
 
 # -- forges: what a forge proves, and what it says of a push; pure ---------------
 
-PROOFS = (
-    "X-Hub-Signature-256",
-    "X-Hub-Signature",
-    "X-Gitlab-Token",
-)
-# Headers that name the event; Gitea and Forgejo send GitHub's, too, and Azure DevOps has none.
-FORGES = {
-    "X-Forgejo-Event": "Forgejo",
-    "X-Gitea-Event": "Gitea",
-    "X-GitHub-Event": "GitHub",
-    "X-Gitlab-Event": "GitLab",
-    "X-Event-Key": "Bitbucket",
-}
-PUSHES = {"push", "Push Hook", "Tag Push Hook", "System Hook", "repo:push"}
+PROOFS = ("X-Hub-Signature-256", "X-Hub-Signature", "X-Gitlab-Token")
+# Of GitHub, Gitea and Forgejo; of GitLab; of Bitbucket. Azure DevOps says it in the body.
+EVENTS = ("X-GitHub-Event", "X-Gitlab-Event", "X-Event-Key")
+PUSH_RE = re.compile("push|(Tag )?Push Hook|System Hook|repo:push|git.push")
 REF_FOLDERS = {"branch": "refs/heads/", "tag": "refs/tags/"}
 
 
@@ -1264,8 +1254,7 @@ class Ignored(Exception):
 def make_hook_key(secret, repo, ref):
     """The key, in hex, by which a forge proves pushes to the hook of `repo` and `ref`, if any."""
     text = f"server-update-hook-1\n{repo}\n{ref or ''}"
-    mac = hmac.new(secret, text.encode("utf-8"), "sha256")
-    return mac.hexdigest().encode("ascii")
+    return hmac.new(secret, text.encode(), "sha256").hexdigest().encode()
 
 
 def read_password(authorization):
@@ -1278,16 +1267,16 @@ def read_password(authorization):
 
 def read_proofs(headers):
     """What a request gives as proofs that its sender has a key, each of which must be right."""
-    given = [text for name in PROOFS for text in headers.get_all(name, [])]
+    given = [text.encode() for name in PROOFS for text in headers.get_all(name, [])]
     # GitHub and Gitea still send one by SHA-1 as well, which is none by now.
-    given = [text.encode("utf-8") for text in given if not text.startswith("sha1=")]
+    given = [text for text in given if not text.startswith(b"sha1=")]
     # Beside a proof a password would be for a proxy on the way.
     return given or list(map(read_password, headers.get_all("Authorization", [])))
 
 
 def check_proofs(given, keys, macs):
     """Refusal unless all that is given is a key, or a signature by one; in constant time."""
-    right = keys + [b"sha256=" + mac.hexdigest().encode("ascii") for mac in macs]
+    right = keys + [f"sha256={mac.hexdigest()}".encode() for mac in macs]
     for proof in given:
         if not any(hmac.compare_digest(proof, one) for one in right):
             raise Refusal(401, "proof missing or wrong")
@@ -1296,67 +1285,60 @@ def check_proofs(given, keys, macs):
 def find_payload(body):
     """The JSON of a body, which may be a form."""
     match = re.match(b"payload=([^&]*)", body)
-    if not match:
-        return body
-    return unquote_to_bytes(match.group(1).replace(b"+", b" "))
+    return unquote_to_bytes(match.group(1).replace(b"+", b" ")) if match else body
 
 
-def find_forge(headers):
-    """Which forge it is; Ignored where it says that this is no push."""
-    for header, forge in FORGES.items():
-        if header in headers:
-            if headers[header] not in PUSHES:
-                raise Ignored("no push")
-            return forge
-    return "a forge"
-
-
-def read_bitbucket(change):
-    """(ref, commit) of one of Bitbucket's changes."""
-    ref = change["new"] or change["old"]
-    commit = ref["target"]["hash"] if change["new"] else "0" * 40
-    return REF_FOLDERS[ref["type"]] + ref["name"], commit
-
-
-def read_push(told):
-    """[(ref, commit)] of a push, the commit zeros where the ref is gone; and the default branch.
-
-    Raises LookupError, TypeError or AttributeError where it is of no known shape."""
-    if "push" in told:  # Bitbucket, which does not tell the default branch
-        return [read_bitbucket(change) for change in told["push"]["changes"]], None
-    if "resource" in told:  # Azure DevOps
-        if told["eventType"] != "git.push":
-            raise Ignored("no push")
-        push = told["resource"]
-        changes = [(change["name"], change["newObjectId"]) for change in push["refUpdates"]]
-        return changes, push["repository"].get("defaultBranch")
-    repository = told.get("project") or told["repository"]  # GitLab has both
-    return [(told["ref"], told["after"])], repository.get("default_branch")
+def read_changes(told):
+    """(ref, commit) of each change of a push; where the ref is gone, zeros."""
+    if "push" in told:  # Bitbucket
+        for change in told["push"]["changes"]:
+            ref = change["new"] or change["old"]
+            commit = ref["target"]["hash"] if change["new"] else "0"
+            yield REF_FOLDERS[ref["type"]] + ref["name"], commit
+    elif "resource" in told:  # Azure DevOps
+        for change in told["resource"]["refUpdates"]:
+            yield change["name"], change["newObjectId"]
+    else:
+        yield told["ref"], told["after"]
 
 
 def is_meant(name, wanted):
     """Whether the ref `name` is `wanted`, or any branch where nothing is."""
-    short = re.sub("^refs/(heads|tags)/", "", name)
-    return wanted in (name, short) if wanted else name.startswith("refs/heads/")
+    kind, _, short = name[len("refs/"):].partition("/")
+    return wanted in (name, short) if wanted else kind == "heads"
+
+
+def check_event(event):
+    if not PUSH_RE.fullmatch(event):
+        raise Ignored("no push")
+
+
+def choose_commit(told, ref):
+    """Where a push has put `ref`, or the default branch; Ignored where it did something else.
+
+    LookupError, TypeError or AttributeError where it is not told as forges do."""
+    check_event(told.get("eventType", "git.push"))
+    # GitLab's, that of GitHub, Gitea and Forgejo, or Azure's; Bitbucket's has no such branch.
+    place = told.get("project") or told.get("repository") or told["resource"]["repository"]
+    wanted = ref or place.get("default_branch") or place.get("defaultBranch")
+    commits = [commit for name, commit in read_changes(told) if is_meant(name, wanted)]
+    if not commits:
+        raise Ignored("another branch or tag")
+    there = [commit for commit in commits if set(commit) != {"0"}]
+    if not there:
+        raise Ignored("a deletion")
+    return HASH_RE.fullmatch(there[-1]).group()
 
 
 def find_pushed_commit(text, ref):
-    """Where a push has put `ref`, or the default branch; None where that can't be understood.
-
-    Raises Ignored where it certainly is about something else."""
+    """The commit that `ref`, or the default branch, is at now; None where that is not certain."""
     try:
         # As float: to read an int of 100,000 digits takes a second.
-        told = json.loads(text.decode("utf-8"), parse_int=float)
-        changes, default = read_push(told)
-        commits = [commit for name, commit in changes if is_meant(name, ref or default)]
-        if changes and not commits:
-            raise Ignored("another branch or tag")
-        there = [commit for commit in commits if set(commit) != {"0"}]
-        if commits and not there:
-            raise Ignored("a deletion")
-        return HASH_RE.fullmatch(there[-1]).group()
+        return choose_commit(json.loads(text.decode(), parse_int=float), ref)
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
         return None
+
+
 # -- beneath: what server-update tells of the slaves beneath a relay; pure -----
 
 class Beneath:
@@ -2409,22 +2391,15 @@ class HeaderReader:
         self.lines += 1
         return line
 
-    def read(self, most):
-        """What has come of a body."""
-        return self.file.read1(most)
-
     def close(self):
         self.file.close()
-
-
-READS = ("GET", "HEAD")
 
 
 def methods_of(path):
     """The methods that a path has."""
     if path == "/hook" or path.endswith(("/git-upload-pack", "/git-receive-pack")):
-        return ["POST"]
-    return READS
+        return "POST"
+    return "GET, HEAD"
 
 
 def has_repo(query):
@@ -2450,14 +2425,16 @@ def parse_query(query):
     for part in query.split("&"):
         name, _, text = part.partition("=")
         # A URL in the master's list may have a query of its own.
-        if name not in PARAMETERS:
+        is_right = PARAMETERS.get(name)
+        if not is_right:
             continue
         if name in values:
             raise Refusal(400, f"'{name}' is given twice")
         # What is no UTF-8 becomes U+FFFD, which is printable.
-        values[name] = unquote(text, errors="replace")
-        if "\ufffd" in values[name] or not PARAMETERS[name](values[name]):
+        value = unquote(text, errors="replace")
+        if "\ufffd" in value or not is_right(value):
             raise Refusal(400, f"bad '{name}'")
+        values[name] = value
     return values
 
 
@@ -2518,7 +2495,8 @@ class Connection(http.server.SimpleHTTPRequestHandler):
             # Input that is unread at the close makes the kernel drop what is still to be sent.
             socket.socket.shutdown(self.request, socket.SHUT_WR)
             self.request.settimeout(CLOSE_TIMEOUT_S)
-            while self.request.recv(MAX_HEADER_BYTES):
+            # What a peer sends goes on coming after drop() as well.
+            while self.stage == self.READING and self.request.recv(MAX_HEADER_BYTES):
                 pass
         except OSError:
             pass  # the peer has gone
@@ -2564,23 +2542,18 @@ class Connection(http.server.SimpleHTTPRequestHandler):
         if not super().parse_request():
             return False
         self.enter(self.ANSWERING)
+        self.route, _, self.query = ORIGIN_RE.sub("", self.target()).partition("?")
+        is_read = self.command in ("GET", "HEAD")
         # A body is the last of a connection: what nobody reads is never taken for a request.
         has_body = "Content-Length" in self.headers or "Transfer-Encoding" in self.headers
-        if has_body or self.request_version == "HTTP/1.0" or self.command not in READS:
+        if has_body or self.request_version == "HTTP/1.0" or not is_read:
             self.close_connection = True
-        path = self.split_target()[0]
-        if path != "/healthz" or self.command not in READS:
+        if self.route != "/healthz" or not is_read:
             self.server.guard.check_address(self.client_address[0])
-        methods = methods_of(path)
-        if self.command not in methods:
-            allow = ("Allow", ", ".join(methods))
-            raise Refusal(405, "only " + " and ".join(methods), allow)
+        methods = methods_of(self.route)
+        if self.command not in methods.split(", "):
+            raise Refusal(405, f"only {methods}", ("Allow", methods))
         return True
-
-    def split_target(self):
-        """Path and query of what is asked for."""
-        path, _, query = ORIGIN_RE.sub("", self.target()).partition("?")
-        return path, query
 
     def target(self):
         """What is asked for as it was sent, which is what is signed."""
@@ -2607,15 +2580,22 @@ class Connection(http.server.SimpleHTTPRequestHandler):
             raise Refusal(413, f"a body of more than {MAX_BODY_BYTES} bytes")
         return int(text)
 
-    def read_body(self, length):
-        """The parts of a body as they come; ConnectionError where it is cut off."""
-        self.enter(self.RECEIVING)
-        if length > MAX_READ_BODY_BYTES:
-            self.enter(self.RECEIVING_MUCH)
-            others = [one for one in list(self.server.handlers) if one.stage == self.stage]
-            if len(others) > MAX_LARGE_BODIES:
-                raise Refusal(503, "too many large bodies", RETRY_LATER)
-        yield from self.receive([length])
+    def read_body(self, macs):
+        """The body, or nothing of a large one; all of it is part of what these MACs are of."""
+        length = self.body_length()
+        is_large = length > MAX_READ_BODY_BYTES
+        self.enter(self.RECEIVING_MUCH if is_large else self.RECEIVING)
+        stages = [one.stage for one in list(self.server.handlers)]
+        if is_large and stages.count(self.stage) > MAX_LARGE_BODIES:
+            raise Refusal(503, "too many large bodies", RETRY_LATER)
+        body = bytearray()
+        for part in self.receive([length]):
+            for mac in macs:
+                mac.update(part)
+            if not is_large:
+                body += part
+        self.enter(self.ANSWERING)
+        return body
 
     def receive(self, sizes):
         """Yields what comes of a body, one piece of these sizes after the other."""
@@ -2624,20 +2604,18 @@ class Connection(http.server.SimpleHTTPRequestHandler):
             self.wfile.flush()
         for size in sizes:
             while size:
-                part = self.rfile.read(min(size, PART_BYTES))
+                part = self.rfile.file.read1(min(size, PART_BYTES))
                 if not part:
                     raise ConnectionAbortedError("cut off in the middle of a body")
                 size -= len(part)
                 yield part
-        self.enter(self.ANSWERING)
 
     def send(self, status, value, *headers, kind="text/plain"):
         """Sends a whole answer: a text of that kind, or anything else as JSON."""
-        if isinstance(value, str):
-            body = value.encode("utf-8") + b"\n"
-        else:
+        if not isinstance(value, str):
             kind = "application/json"
-            body = json.dumps(value).encode("ascii") + b"\n"
+            value = json.dumps(value)
+        body = value.encode("utf-8") + b"\n"
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Vary", "Accept")  # what is told at /status depends on it
@@ -2761,57 +2739,52 @@ class Handler(GitHandler):
     """What is asked, and what is answered, by http.server's flow: do_GET, do_HEAD."""
 
     def do_GET(self):
-        path, query = self.split_target()
         # These two never need a signature; everything else is checked before it is parsed.
-        if path == "/healthz":
+        if self.route == "/healthz":
             self.send(200, "ok")
-        elif path in ("", "/") and not has_repo(query):
-            self.answer_front(self.server.served_file, query)
-        elif path.startswith("/git/"):
-            self.answer_git(path, query)
+        elif self.route in ("", "/") and not has_repo(self.query):
+            self.answer_front(self.server.served_file)
+        elif self.route.startswith("/git/"):
+            self.answer_git(self.route, self.query)
         else:
             guard = self.server.guard
             is_viewer = guard.is_from("VIEW_FROM", self.client_address[0])
-            if not is_viewer or path not in ("/status", "/metrics"):
+            if not is_viewer or self.route not in ("/status", "/metrics"):
                 self.check_signature()
-            self.answer(path, parse_query(query))
+            self.answer(**parse_query(self.query))
 
     do_HEAD = do_GET
-
-    def do_POST(self):
-        path, query = self.split_target()
-        if path.startswith("/git/"):
-            self.answer_git(path, query)
-            return
-        if not self.server.guard.needs_signature():
-            raise Refusal(403, "no hooks without a secret")
-        if not read_proofs(self.headers):
-            raise Refusal(401, "proof missing or wrong")
-        self.answer(path, parse_query(query))
+    do_POST = do_GET
 
     def check_signature(self):
+        guard = self.server.guard
+        if self.route == "/hook":
+            # Whether a forge's proof is right is known after its body: see answer_hook.
+            if not guard.needs_signature():
+                raise Refusal(403, "no hooks without a secret")
+            if not read_proofs(self.headers):
+                raise Refusal(401, "proof missing or wrong")
+            return
         signatures = self.headers.get_all("X-Server-Update-Signature", [])
         now = int(time.time())
-        guard = self.server.guard
         self.signed_at = guard.check_signature(signatures, self.command, self.target(), now)
 
-    def answer(self, path, parameters):
+    def answer(self, repo=None, **others):
         """Answers what only who may ask gets an answer to."""
-        repo = parameters.get("repo")
         if repo is not None:
             self.server.guard.check_repo(repo)
-        if path == "/status":
-            self.answer_status(**parameters)
-        elif path == "/metrics":
+        if self.route == "/status":
+            self.answer_status(repo, **others)
+        elif self.route == "/metrics":
             self.answer_metrics()
-        elif path not in ("", "/", "/get", "/get/", "/hook"):
+        elif self.route not in ("", "/", "/get", "/get/", "/hook"):
             raise Refusal(404, "no such path")
         elif repo is None:
             raise Refusal(400, "no 'repo'")
-        elif path == "/hook":
-            self.answer_hook(**parameters)
+        elif self.route == "/hook":
+            self.answer_hook(repo, **others)
         else:
-            self.answer_signal(**parameters)
+            self.answer_signal(repo, **others)
 
     def check_no_page(self):
         """A web page may not start anything, not even one that somebody on this network reads."""
@@ -2827,47 +2800,31 @@ class Handler(GitHandler):
         self.check_no_page()
         if self.signed_at:
             self.server.updater.journal.floor.take(self.signed_at)
-        self.start(repo, ref, {
-            "pin": commit and commit.lower(),
-            "by": by,
-            "note": note,
-            "via": via,
-        })
+        self.start(repo, ref, pin=commit and commit.lower(), by=by, note=note, via=via)
 
-    def start(self, repo, ref, asked):
+    def start(self, repo, ref, **asked):
         """Queues an update, and tells its id."""
         record = self.server.updater.take_signal(repo, ref, asked, self.client_address[0])
-        told = {key: getattr(record, key) for key in ("repo", "update", "state", "ref")}
+        told = {"repo": repo, "update": record.update, "state": record.state, "ref": ref}
         location = f"/status?repo={repo}&update={record.update}"
         self.send(202, told, ("Location", location))
 
     def answer_hook(self, repo, ref=None, **_):
         """Starts an update where a forge proves a push that means one; all others get a reason."""
         keys = [make_hook_key(secret, repo, ref) for secret in self.server.guard.secrets]
-        text = self.read_proved(keys)
+        macs = [hmac.new(key, digestmod="sha256") for key in keys]
+        text = find_payload(self.read_body(macs))
+        # Gitea signs the JSON in a form, GitHub the form.
+        macs += [hmac.new(key, text, "sha256") for key in keys]
+        check_proofs(read_proofs(self.headers), keys, macs)
         try:
-            by = find_forge(self.headers)
-            self.start(repo, ref, {"expect": find_pushed_commit(text, ref), "by": by})
+            for name in EVENTS:
+                check_event(self.headers.get(name, "push"))
+            self.start(repo, ref, expect=find_pushed_commit(text, ref), by="a forge")
         except Ignored as ignored:
             self.send(200, {"repo": repo, "ignored": str(ignored)})
 
-    def read_proved(self, keys):
-        """The JSON of a body, nothing of a large one; Refusal unless it is proved."""
-        length = self.body_length()
-        macs = [hmac.new(key, digestmod="sha256") for key in keys]
-        body = bytearray()
-        for part in self.read_body(length):
-            for mac in macs:
-                mac.update(part)
-            if length <= MAX_READ_BODY_BYTES:
-                body.extend(part)
-        text = find_payload(bytes(body))
-        # Gitea signs the JSON in a form, GitHub the form.
-        macs.extend(hmac.new(key, text, "sha256") for key in keys)
-        check_proofs(read_proofs(self.headers), keys, macs)
-        return text
-
-    def answer_status(self, repo=None, update=None, wait="0", history="0", **_):
+    def answer_status(self, repo, update=None, wait="0", history="0", **_):
         """One repository's record, once it has ended or `wait` seconds are over; or all."""
         if repo is None:
             records = self.look_at_all()
@@ -2925,9 +2882,9 @@ class Handler(GitHandler):
         measured = [measure(now, self.server.updater.records(now.repo)) for now in looked]
         self.send(200, format_metrics(measured), kind="text/plain; version=0.0.4; charset=utf-8")
 
-    def answer_front(self, served, query):
+    def answer_front(self, served):
         """The served file, or where there is none a word about what this is."""
-        if not served and parse_query(query):
+        if not served and parse_query(self.query):
             raise Refusal(400, "no 'repo'")
         if not served:
             self.send(200, "a server-update slave: /?repo=NAME starts an update")
@@ -3155,14 +3112,14 @@ def end_a_thread():
 
 def print_hook_key(options):
     """Prints the key to be entered at a forge; ValueError or OSError where there is none."""
-    name, *refs = options["hook_key"]
-    ref = " ".join(refs)  # no ref has a blank
-    if not is_repo_name(name) or ref and not is_ref(ref):
-        raise ValueError(f"bad name '{escape(name)}' or ref '{escape(ref)}'")
+    repo = options["hook_key"]
+    ref = options["FILE"]
+    if not is_repo_name(repo) or ref and not is_ref(ref):
+        raise ValueError(f"bad name {repo!r} or ref {ref!r}")
     guard = Guard(read_settings(os.environ, options, config_folder(__file__)))
     if not guard.secrets:
         raise ValueError(f"no secret; do: (umask 077; openssl rand -hex 32 >{guard.path})")
-    print(make_hook_key(guard.secrets[0], name, ref).decode("ascii"))
+    print(make_hook_key(guard.secrets[0], repo, ref).decode())
 
 
 def serve_until_stopped(server):
@@ -3234,8 +3191,7 @@ def make_parser():
             text += f" ({setting.default})"
         name = option_name(key)
         parser.add_argument(name, dest=name, metavar=key, help=text)
-    parser.add_argument("--hook-key", nargs="+", metavar=("NAME", "REF"),
-                        help="print the key for a forge's hook, and end")
+    parser.add_argument("--hook-key", metavar="NAME [REF]", help="print a forge's key, no more")
     parser.add_argument("--version", action="version", version="slave.py " + VERSION)
     return parser
 
