@@ -434,7 +434,8 @@ def test_a_service_manager_that_is_gone_is_no_matter(start_slave, tmp_path):
 # -- process 1
 
 ORPHAN = """#!/bin/sh
-setsid sh -c 'sleep 0.2; echo >>"$HOME/orphans"' &
+setsid sh -c ': >"$HOME/begun.$0"; sleep 0.2; echo >>"$HOME/orphans"' $$ &
+until [ -e "$HOME/begun.$$" ]; do sleep 0.02; done
 mkdir -p "$SERVER_UPDATE_REPOS_DIR/$1/.git"
 echo %s >"$SERVER_UPDATE_REPOS_DIR/$1/.git/HEAD"
 echo "$1 %s -"
