@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import time
+from functools import partial
 
 import pytest
 from activate_support import git, in_mounts
@@ -102,8 +103,7 @@ def log_programs(activate, log):
         path.write_text(
             "#!/bin/sh\n"
             "printf '%%s\\n' \"%s $(echo \"$*\" | tr -d '\\n')\" >>'%s'\n"
-            'exec %s "$@"\n'
-            % (name, log, shutil.which(name))
+            'exec %s "$@"\n' % (name, log, shutil.which(name))
         )
         path.chmod(0o755)
     activate.path = "%s:%s" % (folder, os.environ["PATH"])
@@ -337,7 +337,7 @@ STOPS = [
     "os.rename(",
     "os.chmod(",
     "os.fsync(",
-    "flush(folder)\n\n\ndef update",
+    "flush(mirror)\n    for name",
     "os.utime(objects)",
 ]
 
@@ -364,6 +364,53 @@ def test_killed_in_the_middle_it_is_whole_after_the_next_update(mirror, upstream
     assert mirror.refs() == repo.git("for-each-ref", FORMAT)
 
 
+def test_its_head_names_a_branch_that_is_there_at_every_moment(mirror, upstream):
+    """Also where it is killed while the default branch gives way to another."""
+    repo = upstream.create("r")
+    mirror.update()
+    repo.git("branch", "-m", "main", "trunk")
+    new = repo.commit({"a": "2"})
+    text = mirror.activate.script.read_text()
+    for stop in ("replace(head_file, head)", "time.sleep(READ_S)"):
+        broken = text.replace(
+            "        " + stop, "        os.kill(os.getpid(), 19)\n        " + stop
+        )
+        assert broken != text
+        broken = broken.replace(
+            "if set(kept) - set(refs):\n        os.kill", "if True:\n            os.kill"
+        )
+        mirror.activate.script.write_text(broken)
+        process = mirror.activate.start("r")
+        wait_until(partial(stopped_below, process.pid), what="the program at '%s'" % stop)
+        assert mirror.git("rev-parse", "trunk") == new
+        assert mirror.git("rev-parse", "HEAD") == mirror.git(
+            "rev-parse", mirror.git("symbolic-ref", "HEAD")
+        )
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    mirror.activate.script.write_text(text)
+    before = (mirror.path / "packed-refs").stat().st_ino
+    mirror.update()
+    assert mirror.refs() == repo.git("for-each-ref", FORMAT)
+    assert mirror.git("symbolic-ref", "HEAD") == "refs/heads/trunk"
+    assert (mirror.path / "packed-refs").stat().st_ino != before
+
+
+def test_another_default_branch_alone_makes_a_new_state(mirror, upstream):
+    """slave.py knows states of a mirror by the file packed-refs."""
+    repo = upstream.create("r")
+    repo.commit({"a": "2"}, branch="other")
+    mirror.update()
+    before = (mirror.path / "packed-refs").stat()
+    repo.git("symbolic-ref", "HEAD", "refs/heads/other")
+    mirror.update("other")
+    after = (mirror.path / "packed-refs").stat()
+    assert (before.st_ino, before.st_mtime_ns) != (after.st_ino, after.st_mtime_ns)
+    assert mirror.git("rev-parse", "HEAD") == repo.head("other")
+    mirror.update("other")
+    assert (mirror.path / "packed-refs").stat().st_ino == after.st_ino
+
+
 def stopped_below(pid):
     """Whether a process of this session is stopped."""
     done = subprocess.run(
@@ -381,10 +428,9 @@ def test_where_it_cannot_be_written_that_is_said_and_the_old_one_stays(mirror, u
     mirror.activate.hook("post-update", "touch '%s'\n" % ran)
     repo.commit({"a": "2"})
     text = mirror.activate.script.read_text()
+    write = '    with open(path + ".new", "wb") as file:\n'
     broken = text.replace(
-        "def write_beside(path, content):\n",
-        "def write_beside(path, content):\n"
-        '    raise OSError(28, "No space left on device", path)\n',
+        write, '    raise OSError(28, "No space left on device", path)\n' + write
     )
     assert broken != text
     mirror.activate.script.write_text(broken)
