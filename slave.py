@@ -38,6 +38,7 @@ import json
 import re
 import resource
 import select
+import selectors
 import shlex
 import shutil
 import socket
@@ -49,7 +50,7 @@ import tempfile
 import threading
 import time
 import zlib
-from collections import Counter, namedtuple
+from collections import Counter, deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from os.path import abspath, dirname, expanduser, join, lexists, realpath, samestat
@@ -75,13 +76,12 @@ GIT_TIMEOUT_S = 2  # to say what is live
 LEFTOVER_S = 0.5  # for what a run that has ended left in its process group
 POLL_S = 0.02  # how often a run is asked whether it has ended
 MAX_MESSAGE_CHARS = 300
-MAX_STDOUT_BYTES = 65536  # of a run that are kept
 # What tells most comes first.
 OUTPUT_KINDS = ("slave-activate: ", "server-update: ", "fatal: ", "error: ", "")
 HOOK_RE = re.compile(r"live, but post-update hook failed \(([0-9]{1,3})\)")
 # What is worth a word although all went well: of the old tree, of a push
 WORTH_RE = re.compile("can(not|'t) remove |[0-9a-f]{7} is not there yet")
-OUTCOME_PATTERN = r"%s ([0-9a-f]{40,64}|-) ([0-9a-f]{40,64}|-)\n"  # slave-activate's stdout
+OUTCOME_PATTERN = "%s (?:([0-9a-f]{40,64})|-) (?:([0-9a-f]{40,64})|-)"  # on stdout
 
 # Slaves beneath
 OUTCOMES = ("live", "hook failed", "beneath failed", "failed", "refused", "unreachable",
@@ -90,7 +90,6 @@ NOT_FOR_RELAYS_RE = re.compile(
     "--(no-wait|status|history|dry-run|list|limit|json|ref|commit)(=.*)?")
 LIST_TIMEOUT_S = 30  # to read a list of a million
 MAX_JSON_BYTES = 65536  # of a line
-BAD_FIELDS = ("slave", "outcome", "message")
 MAX_BAD = 100  # slaves that are told by name
 MAX_BAD_BYTES = 16384  # of them, as JSON
 MAX_NAMES = 10  # of them, for update-ended
@@ -549,7 +548,8 @@ def own_setting(settings, key, repo):
 # -- records: what is remembered of updates; pure ---------------------------
 
 # One update. /status tells the fields of TOLD; times are seconds since 1970; a stop of the slave
-# that was clean is no try; `first` is the oldest update that this one has taken the place of.
+# that was clean is no try; `first` is the oldest update that this one has taken the place of;
+# `untold` is the path of update-ended until that has run.
 Record = namedtuple("Record", "repo update ref state requested started finished commit previous "
                     "message pin hook beneath beneath_bad by note via expect first tries untold",
                     defaults=[None] * 4 + [""] + [None] * 9 + [0, None])
@@ -639,7 +639,7 @@ class Records(namedtuple("Records", "ended running queued counts",
 
     def tell(self, update):
         """update-ended has run for an update."""
-        ended = [record._replace(untold=record.untold and record.update != update)
+        ended = [record._replace(untold=None) if record.update == update else record
                  for record in self.ended]
         return self._replace(ended=tuple(ended))
 
@@ -706,7 +706,7 @@ RULES = {
     "expect": HASH_RE.fullmatch,
     "first": is_number,
     "tries": is_number,
-    "untold": is_number,
+    "untold": str.isprintable,
 }
 REQUIRED = {"repo", "update", "requested", "message", "tries"}
 
@@ -998,9 +998,7 @@ def git_environ():
 def ask_git(git):
     """The commit of HEAD as git tells it, however refs are kept; nothing where there is none."""
     command = ["git", "--git-dir", git, "rev-parse", "-q", "--verify", "HEAD^{commit}"]
-    null = subprocess.DEVNULL
-    done = subprocess.run(command, env=git_environ(), timeout=GIT_TIMEOUT_S, stdin=null,
-                          stdout=subprocess.PIPE, stderr=null)
+    done = subprocess.run(command, env=git_environ(), timeout=GIT_TIMEOUT_S, capture_output=True)
     return done.stdout.strip()
 
 
@@ -1025,8 +1023,8 @@ def read_live_commit(tree):
 def find_command(name):
     """The path of a program: on PATH, beside this script, or in /bin."""
     beside = dirname(abspath(__file__))
-    folders = [os.environ.get("PATH", os.defpath), beside, "/bin"]
-    command = shutil.which(name, path=os.pathsep.join(folders))
+    path = os.environ.get("PATH", os.defpath)
+    command = shutil.which(name, path=f"{path}:{beside}:/bin")
     if not command:
         raise OSError(f"no {name} on PATH, beside slave.py or in /bin")
     return command
@@ -1057,27 +1055,22 @@ class Run:
 
     Until close() the process stays a zombie, so that its number can't be another group's."""
 
-    def __init__(self, name, command, environ, take_output=None):
-        """Starts it; OSError where it can't. Its stderr is logged, each line after `name`.
-
-        Its stdout goes to `take_output` in parts, the last of which is b"", or is kept."""
+    def __init__(self, name, command, environ, take_output):
+        """Starts it; OSError where it can't. Its stderr is logged, each line after `name`; its
+        stdout goes to `take_output` in parts, the last of which is b""."""
         self.name = name
         self.throttle = Throttle(MAX_OUTPUT_LOGGED)
         self.said = {}  # {kind of line: the last one}, see OUTPUT_KINDS
-        self.stdout = b""  # no more than MAX_STDOUT_BYTES
         self.status = None  # as subprocess's returncode; None while it runs
         # A session of its own is a group of its own, too: signals reach all that it starts.
         self.process = subprocess.Popen(
             command, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, start_new_session=True)
-        stdout = self.process.stdout.fileno()
-        stderr = self.process.stderr.fileno()
-        self.takers = {stdout: take_output or self.keep_output,
-                       stderr: Lines(MAX_LINE_BYTES, self.log_line).add}
         # What it leaves behind may hold the pipes open: nothing waits for their end.
-        self.poll = select.poll()
-        self.poll.register(stdout, select.POLLIN)
-        self.poll.register(stderr, select.POLLIN)
+        self.pipes = selectors.PollSelector()
+        self.pipes.register(self.process.stdout, selectors.EVENT_READ, take_output)
+        take_error = Lines(MAX_LINE_BYTES, self.log_line).add
+        self.pipes.register(self.process.stderr, selectors.EVENT_READ, take_error)
 
     def finish(self, timeout_s, is_stopping):
         """Blocks until it has ended, with all that it started, or been given up.
@@ -1085,31 +1078,38 @@ class Run:
         It is ended early once `is_stopping` says so, a function. Returns what wait() does."""
         try:
             why = self.wait(timeout_s, is_stopping)
-            self.end_rest()
+            # What it left gets a moment to say something: it may be what tells most.
+            signal_group(self.process.pid, SIGTERM)
+            self.listen_until(lambda: not self.pipes.get_map(), LEFTOVER_S)
         finally:
             self.close()
         return why
 
     def wait(self, timeout_s, is_stopping):
         """Waits until it has ended or been given up: None, or "timeout" or "stop" by force."""
-        if self.ends_within(timeout_s, is_stopping):
+        self.listen_until(lambda: self.has_ended() or is_stopping(), timeout_s)
+        if self.has_ended():
             return None
         # From here on it is by force, whether it obeys or not.
         why = "stop" if is_stopping() else "timeout"
-        self.signal(SIGTERM)
-        if not self.ends_within(KILL_AFTER_S):
-            self.signal(SIGKILL)
-            self.ends_within(GIVE_UP_AFTER_S)
+        signal_group(self.process.pid, SIGTERM)
+        if not self.listen_until(self.has_ended, KILL_AFTER_S):
+            signal_group(self.process.pid, SIGKILL)
+            self.listen_until(self.has_ended, GIVE_UP_AFTER_S)
         return why
 
-    def ends_within(self, timeout_s, is_stopping=lambda: False):
-        """Whether it ends in that time; False also once `is_stopping` says so."""
+    def listen_until(self, is_over, timeout_s):
+        """Takes what it says until `is_over` or the time is up; whether it is over."""
         deadline = monotonic() + timeout_s
-        while not self.has_ended():
-            if monotonic() >= deadline or is_stopping():
-                return False
+        while not is_over():
             # Output wakes what waits for it; where there is none it looks again and again.
-            self.listen(POLL_S)
+            for key, _ in self.pipes.select(POLL_S):
+                part = os.read(key.fd, 65536)
+                key.data(part)
+                if not part:
+                    self.pipes.unregister(key.fileobj)
+            if monotonic() >= deadline:
+                return is_over()
         return True
 
     def has_ended(self):
@@ -1123,19 +1123,6 @@ class Run:
         self.status = ended.si_status if is_exit else -ended.si_status
         return True
 
-    def listen(self, timeout_s):
-        """Waits for output and takes it; whether there may be more."""
-        for pipe, _ in self.poll.poll(timeout_s * 1000):
-            part = os.read(pipe, 65536)
-            self.takers[pipe](part)
-            if not part:
-                self.poll.unregister(pipe)
-                del self.takers[pipe]
-        return len(self.takers) > 0
-
-    def keep_output(self, part):
-        self.stdout = (self.stdout + part)[:MAX_STDOUT_BYTES]
-
     def log_line(self, line):
         text = line.decode("utf-8", "replace").rstrip().replace("\t", " ")
         self.throttle.log(f"{self.name}: {text}")
@@ -1144,21 +1131,17 @@ class Run:
         if words:
             self.said[kind] = words
 
-    def end_rest(self):
-        """Has what it left end, which gets a moment to say something."""
-        self.signal(SIGTERM)
-        # What it said last may still be in the pipes.
-        deadline = monotonic() + LEFTOVER_S
-        while self.listen(POLL_S) and monotonic() < deadline:
-            pass
-
-    def signal(self, number):
-        signal_group(self.process.pid, number)
+    def last_words(self):
+        """The last line of the kind that tells most, or an empty text."""
+        for kind in OUTPUT_KINDS:
+            if kind in self.said:
+                return self.said[kind]
+        return ""
 
     def close(self):
         """Kills what is still there of it, and forgets it; what can't be killed is only told."""
         self.throttle.tell()
-        self.signal(SIGKILL)
+        signal_group(self.process.pid, SIGKILL)
         self.process.stdout.close()
         self.process.stderr.close()
         if self.status is not None:
@@ -1180,47 +1163,30 @@ def signal_group(leader, number):
         os.killpg(leader, number)
 
 
-def last_words(said):
-    """The last line of the kind that tells most, or an empty text."""
-    for kind in OUTPUT_KINDS:
-        if kind in said:
-            return said[kind]
-    return ""
-
-
 def say_status(program, status):
     if status < 0:
         return f"{program} was killed by signal {-status}"
     return f"{program} ended with exit status {status}"
 
 
-def say_outcome(status, is_told, words, late_after_s):
-    """The message of a record; `is_told` is whether slave-activate said what is live."""
-    if late_after_s:
-        message = f"stopped as it took longer than {late_after_s} s (TIMEOUT)"
-        if words:
-            message += ", and had said: " + words
-        return message
-    if status == 0 and not is_told:
-        return "slave-activate did not say which commit is live"
-    # Of an update that went well only what it left behind is worth a word.
-    if status == 0 and not WORTH_RE.match(words):
-        return ""
-    return words or say_status("slave-activate", status)
-
-
-def judge(repo, status, stdout, said, late_after_s=None):
-    """How a run of slave-activate ended, as changes to its record; `said` is Run's."""
+def judge(repo, status, stdout, words, late_after_s=None):
+    """How a run of slave-activate ended, as changes to its record; `words` are its last ones."""
     # The one line of stdout says which commit is live; without it nothing is.
-    match = re.fullmatch(OUTCOME_PATTERN % re.escape(repo), stdout.decode("ascii", "replace"))
-    words = last_words(said)
-    message = say_outcome(status, match is not None, words, late_after_s)
+    live = re.fullmatch(OUTCOME_PATTERN % re.escape(repo), stdout.decode("ascii", "replace"))
+    message = words or say_status("slave-activate", status)
+    if late_after_s:
+        had_said = words and ", and had said: " + words
+        message = f"stopped as it took longer than {late_after_s} s (TIMEOUT){had_said}"
+    elif status == 0 and not live:
+        message = "slave-activate did not say which commit is live"
+    elif status == 0 and not WORTH_RE.match(words):
+        # Of an update that went well only what it left behind is worth a word.
+        message = ""
     message = escape(USER_RE.sub("", message))[:MAX_MESSAGE_CHARS]
     # What had gone live before the time was up is live; 3 is a post-update hook that failed.
-    is_good_end = status in (0, 3) or late_after_s
-    if not match or not is_good_end:
-        return {"state": "failed", "message": message}
-    commit, previous = [None if text == "-" else text for text in match.groups()]
+    if not live or not (late_after_s or status in (0, 3)):
+        return failed(message)
+    commit, previous = live.groups()
     return {"state": "live", "message": message, "commit": commit, "previous": previous,
             "hook": judge_hook(status, words)}
 
@@ -1236,6 +1202,11 @@ def judge_hook(status, words):
     if status == 3:
         return 1
     return 128 - (status or -SIGKILL)
+
+
+def failed(message):
+    """How an update has ended that failed, as changes to its record."""
+    return {"state": "failed", "message": message}
 
 
 # -- forges: what a forge proves, and what it says of a push; pure ---------------
@@ -1352,31 +1323,24 @@ class Beneath:
 
     def take(self, line):
         """Takes a line, in bytes; what makes no sense is passed over."""
-        try:
+        with suppress(ValueError, TypeError, AttributeError, KeyError, RecursionError):
             fields = json.loads(line.decode("utf-8"))
-            if fields["type"] == "start":
-                self.listed = int(fields["slaves"])
-            elif fields["type"] == "result":
-                self.take_result(fields)
-            elif fields["type"] == "summary":
+            self.listed = fields.get("slaves", self.listed)
+            if "outcomes" in fields:
                 self.counts = sum_counts(fields["outcomes"], fields.get("beneath") or {})
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            pass
-
-    def take_result(self, fields):
-        if fields["outcome"] != "live":
-            self.add_bad(fields, "")
-        # A relay's own are named after it.
-        for below in fields.get("beneath_bad") or ():
-            self.add_bad(below, fields["slave"] + " > ")
+            if fields.get("outcome", "live") != "live":
+                self.add_bad(fields, "")
+            # A relay's own are named after it.
+            for below in fields.get("beneath_bad", ()):
+                self.add_bad(below, fields["slave"] + " > ")
 
     def add_bad(self, fields, above):
-        bad = {key: escape(fields[key])[:MAX_MESSAGE_CHARS] for key in BAD_FIELDS}
+        bad = {key: fields[key][:MAX_MESSAGE_CHARS]
+               for key in ("slave", "outcome", "message")}
         bad["slave"] = above + bad["slave"]
-        size = len(json.dumps(bad)) + len(", ")
-        if len(self.bad) < MAX_BAD and size <= self.left_bytes:
+        self.left_bytes -= len(json.dumps(bad)) + len(", ")
+        if len(self.bad) < MAX_BAD and self.left_bytes >= 0:
             self.bad.append(bad)
-            self.left_bytes -= size
 
 
 def sum_counts(*parts):
@@ -1393,7 +1357,7 @@ def sum_counts(*parts):
 def found_live(record, commit):
     """A record where that commit is live by now: by hand, perhaps."""
     if record.state == "live" and record.beneath and commit != record.commit:
-        count = int(sum(record.beneath.values()))
+        count = sum(record.beneath.values())
         message = "another commit was put live here by hand, and not beneath"
         record = record._replace(message=message, beneath={"not started": count})
     return record._replace(commit=commit)
@@ -1401,22 +1365,20 @@ def found_live(record, commit):
 
 def add_beneath(changes, beneath):
     """The changes to a record with those of what is beneath, which the message says in words."""
-    counts = beneath["beneath"]
-    sums = ", ".join(f"{counts[outcome]} {outcome}" for outcome in counts)
-    words = [changes["message"], "beneath: " + sums]
+    sums = [f"{count} {outcome}"
+            for outcome, count in beneath["beneath"].items()]
+    words = [changes["message"], "beneath: " + ", ".join(sums)]
     # Where nothing was begun somebody has to know why.
-    if list(counts) == ["not started"] and not changes["message"]:
+    if list(beneath["beneath"]) == ["not started"] and not changes["message"]:
         words.append(beneath["beneath_bad"][0]["message"])
     return dict(changes, message=": ".join(filter(None, words)), **beneath)
 
 
 def say_ended(record):
     """The message of an update for update-ended: with the names of the first that are bad."""
-    bad = record.beneath_bad or ()
+    bad = record.beneath_bad or []
     names = ", ".join(one["slave"] for one in bad[:MAX_NAMES])
-    if names:
-        return f"{record.message} ({names})"
-    return record.message
+    return record.message + (names and f" ({names})")
 
 
 # -- git: what may be cloned from here, by git's own upload-pack ---------------
@@ -1891,17 +1853,13 @@ class Hooks:
 class UpdateEnded:
     """The hook update-ended, which tells somebody of each update that has ended."""
 
-    def __init__(self, settings, journal, is_stopping):
-        self.settings = settings
+    def __init__(self, journal, is_stopping):
         self.journal = journal
         self.is_stopping = is_stopping
         self.pool = ThreadPoolExecutor(1)  # nothing waits for it
 
-    def path(self, repo):
-        return join(own_setting(self.settings, "HOOKS_DIR", repo), "update-ended")
-
     def add(self, record):
-        """Has it run for an update, unless it has been."""
+        """Has it run for an update, unless it has."""
         if record.untold:
             self.pool.submit(self.run, record)
 
@@ -1910,11 +1868,11 @@ class UpdateEnded:
         if self.is_stopping():
             return
         name = record.repo + ": update-ended"
-        command = [self.path(record.repo), record.repo, outcome(record),
+        command = [record.untold, record.repo, outcome(record),
                    record.previous or "-", record.commit or "-",
                    say_ended(record).encode("utf-8")]
         try:
-            run = Run(name, command, os.environ)
+            run = Run(name, command, os.environ, len)  # what it prints is nobody's concern
             if run.finish(UPDATE_ENDED_TIMEOUT_S, self.is_stopping) == "stop":
                 return
             if run.status != 0:
@@ -1926,13 +1884,10 @@ class UpdateEnded:
 
 def make_relay_id(path):
     """The id of a relay in its file, which is made once."""
-    if not is_absent(path):
-        text = read_file(path).decode("ascii", "replace")
-        if VIA_RE.fullmatch(text):
-            return text
-    text = os.urandom(8).hex()
-    write_synced(path, text.encode("ascii"))
-    return text
+    if is_absent(path):
+        write_synced(path + ".new", os.urandom(8).hex().encode("ascii"))
+        os.rename(path + ".new", path)
+    return read_file(path).decode("ascii")
 
 
 def end_marked(pattern):
@@ -1984,10 +1939,9 @@ class Relay:
     def environ(self, record):
         """Who asked, why, and by way of whom, for server-update to pass on."""
         via = ",".join(filter(None, (record.via, self.id)))
-        environ = dict(os.environ)
-        for key, text in (("BY", record.by), ("NOTE", record.note), ("VIA", via)):
-            environ["SERVER_UPDATE_" + key] = (text or "").encode("utf-8")
-        return environ
+        return dict(os.environ, SERVER_UPDATE_VIA=via,
+                    SERVER_UPDATE_BY=(record.by or "").encode("utf-8"),
+                    SERVER_UPDATE_NOTE=(record.note or "").encode("utf-8"))
 
     def update(self, record, commit):
         """Brings all to a commit: changes to a record, or None where it was stopped."""
@@ -2006,7 +1960,7 @@ class Relay:
         if self.is_stopping():
             return None
         if beneath.counts is None:
-            words = last_words(run.said) if run.status == 2 else ""
+            words = run.last_words() if run.status == 2 else ""
             words = words or say_status("server-update", run.status)
             return self.not_started(words, beneath.listed)
         return {"beneath": beneath.counts, "beneath_bad": beneath.bad}
@@ -2024,7 +1978,8 @@ class Queue:
     def ready(self):
         """Those that can start now."""
         places = MAX_RUNNING - list(self.running.values()).count(True)
-        return [repo for repo in list(self.waiting) if repo not in self.running][:places]
+        repos = [repo for repo in list(self.waiting) if repo not in self.running]
+        return repos[:places]
 
     def take(self):
         """Who starts now, or None."""
@@ -2034,11 +1989,6 @@ class Queue:
                 self.running[repo] = True
                 return repo
         return None
-
-
-def failed(message):
-    """How an update has ended, as changes to its record, that never came to an outcome."""
-    return {"state": "failed", "message": message}
 
 
 class Updater:
@@ -2053,7 +2003,7 @@ class Updater:
         self.told_to_stop = False  # set by a signal's handler, which may take no lock
         self.queue = Queue()
         self.mirrors = Mirrors(self.journal.folder)
-        self.update_ended = UpdateEnded(settings, self.journal, self.is_stopping)
+        self.update_ended = UpdateEnded(self.journal, self.is_stopping)
         self.relay = None
         if settings["SLAVELIST"]:
             self.relay = Relay(settings, self.journal.folder, self.is_stopping)
@@ -2076,7 +2026,7 @@ class Updater:
         if not records or records.running:
             records = self.record(repo, Records.resume)
         if records.running:
-            self.end_update(repo, records.running.update, failed(INTERRUPTED))
+            self.end_failed(repo, records.running.update, INTERRUPTED)
         for record in records.ended:
             self.update_ended.add(record)
         if records.queued:
@@ -2113,21 +2063,18 @@ class Updater:
                 start_thread(self.run_next)
 
     def run_next(self):
-        """A thread: runs an update, if there still is one that can start."""
+        """A thread: runs an update to its end, whatever goes wrong, if one can start."""
         # Another thread may have taken what this one was started for.
         repo = None if self.told_to_stop else self.queue.take()
-        if repo:
-            self.run_update(repo)
-
-    def run_update(self, repo):
-        """Runs what is queued of a repository to its end, whatever goes wrong with it."""
+        if not repo:
+            return
         # Nothing is, where the run before took it along: it was on disk, but not yet queued here.
-        queued = self.journal.records[repo].queued
+        queued = self.records(repo).queued
         try:
             if queued:
                 self.update(repo)
         except Refusal as refusal:
-            self.end_update(repo, queued.update, failed(refusal.args[1]))
+            self.end_failed(repo, queued.update, refusal.args[1])
         except Exception as error:
             # Whatever it is, who waits must hear of an end.
             message = f"the update can't go on: {error!r}"
@@ -2144,7 +2091,10 @@ class Updater:
         # It may have vanished while this update was queued.
         self.check_hook(repo)
         changes = self.activate(record)
-        if changes and changes["state"] == "live" and self.relay:
+        if changes and changes["state"] == "failed":
+            self.end_failed(repo, record.update, changes["message"])
+            return
+        if changes and self.relay:
             changes = self.update_beneath(record, changes)
         if changes:
             self.end_update(repo, record.update, changes)
@@ -2173,6 +2123,7 @@ class Updater:
 
     def activate(self, record):
         """Runs slave-activate; how it ended, as changes to the record, or None: it was stopped."""
+        said = deque(maxlen=2)  # on stdout: a line, and whether there was another
         command = [self.command]
         if record.pin:
             command.extend(["--commit", record.pin])
@@ -2183,7 +2134,8 @@ class Updater:
         # A forge may tell of a push before it can be fetched.
         environ["SERVER_UPDATE_EXPECT"] = record.expect or ""
         try:
-            run = Run(record.repo, command, environ)
+            run = Run(record.repo, command, environ,
+                      Lines(MAX_LINE_BYTES, said.append).add)
         except OSError as error:
             return failed(f"can't run {error}")
         timeout_s = self.setting("TIMEOUT", record.repo)
@@ -2191,24 +2143,28 @@ class Updater:
         if why == "stop" and run.status != 0:
             return None
         late_after_s = timeout_s if why == "timeout" else None
-        return judge(record.repo, run.status, run.stdout, run.said, late_after_s)
+        return judge(record.repo, run.status, b"\n".join(said), run.last_words(),
+                     late_after_s)
+
+    def end_failed(self, repo, update, message):
+        """Records that an update failed: what was live still is, and nothing beneath was begun."""
+        changes = dict(failed(message), commit=read_live_commit(self.tree(repo)))
+        if self.relay:
+            changes.update(self.relay.not_started(message))
+        self.end_update(repo, update, changes)
+        self.forget_oldest()
 
     def end_update(self, repo, update, changes):
         """Records how an update has ended, unless it had before, and tells of it."""
-        if changes["state"] == "failed":
-            # Whatever goes wrong here, who waits must hear of an end.
-            with suppress(Exception):
-                changes["commit"] = read_live_commit(self.tree(repo))
-            if self.relay:
-                changes.update(self.relay.not_started(changes["message"]))
-        changes["untold"] = lexists(self.update_ended.path(repo))
-        done = self.record(repo, Records.finish, update, changes, time.time()).find(update)
+        hook = join(self.setting("HOOKS_DIR", repo), "update-ended")
+        if lexists(hook):
+            changes["untold"] = hook
+        records = self.record(repo, Records.finish, update, changes, time.time())
+        done = records.find(update)
         self.update_ended.add(done)
         message = done.message and ": " + done.message
         log(f"{repo}: update {update} {outcome(done)} after {done.finished - done.started:.1f} s, "
             f"live is {done.commit or 'nothing'}{message}")
-        if done.state == "failed":
-            self.forget_oldest()
 
     def has_tree(self, repo):
         return lexists(self.tree(repo))
@@ -2226,8 +2182,8 @@ class Updater:
 
     def forget_removed(self, repo):
         """Forgets a repository whose tree and record somebody has removed."""
-        is_known = repo in self.journal.records
-        if is_known and not self.has_tree(repo) and not lexists(self.journal.path(repo)):
+        has_record = lexists(self.journal.path(repo))
+        if repo in self.journal.records and not has_record and not self.has_tree(repo):
             self.record(repo, Records.forget)
 
     def tend(self):

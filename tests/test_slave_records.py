@@ -4,6 +4,7 @@ import json
 import random
 import re
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 from product import ROOT, load
@@ -246,16 +247,17 @@ LIVE = ("hanuman %s %s\n" % (TWO, ONE)).encode()
     ],
 )
 def test_judge(status, stdout, said, late, state, message):
-    changes = slave.judge("hanuman", status, stdout, said, late)
+    words = slave.Run.last_words(SimpleNamespace(said=said))
+    changes = slave.judge("hanuman", status, stdout.rstrip(b"\n"), words, late)
     assert (changes["state"], changes["message"]) == (state, message)
     if state == "live":
         assert (changes["commit"], changes["previous"]) == (TWO, ONE)
 
 
 def test_judge_an_empty_repository_and_a_long_message():
-    changes = slave.judge("hanuman", 0, ("hanuman - %s\n" % ONE).encode(), {})
+    changes = slave.judge("hanuman", 0, ("hanuman - %s" % ONE).encode(), "")
     assert (changes["commit"], changes["previous"]) == (None, ONE)
-    assert len(slave.judge("hanuman", 1, b"", {"": "x" * 9999})["message"]) == 300
+    assert len(slave.judge("hanuman", 1, b"", "x" * 9999)["message"]) == 300
 
 
 # -- names, queries, the log
