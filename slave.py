@@ -335,114 +335,88 @@ class Throttle:
 # or raises ValueError where it is bad.
 Setting = namedtuple("Setting", "default parse help")
 MAPPED_RE = re.compile(r"(?<![0-9a-f:.])::ffff:(?=[0-9]+\.)", re.I)  # IPv4 as IPv6: RFC 4291
-BASE_URL_RE = re.compile(r"/\S*|[^-:\s]\S*:\S+")  # a path, a URL, or ssh's host:path
-GLOBS_RE = re.compile(r"[]A-Za-z0-9._*?[!, -]+")
 QUOTED_RE = re.compile("^(['\"])(.*)\\1$")
 WORD_RE = re.compile(r"[^\s,]+")
 
 
+def matching(pattern, text):
+    """`text`, if all of it is such; else ValueError, as of all that parses a setting."""
+    if not re.fullmatch(pattern, text):
+        raise ValueError(text)
+    return text
+
+
 def parse_base_url(text):
-    if not BASE_URL_RE.fullmatch(text):
-        raise ValueError("neither a URL nor a path")
-    return text.rstrip("/") or "/"
+    # A path, a URL, or ssh's host:path.
+    return matching(r"/\S*|[^-:\s]\S*:\S+", text).rstrip("/") or "/"
 
 
 def parse_path(text):
     path = expanduser(text)
     if not path.startswith("/") or not path.isprintable():
-        raise ValueError("not a whole path")
+        raise ValueError(text)
     return path
 
 
 def parse_number(text, least, most):
     # int() takes blanks, signs and all of Unicode's digits.
-    if not re.fullmatch("[0-9]+", text) or not least <= int(text) <= most:
-        raise ValueError(f"not a number from {least} to {most}")
-    return int(text)
-
-
-def parse_port(text):
-    return parse_number(text, 0, 65535)
-
-
-def parse_timeout(text):
-    return parse_number(text, 1, 999999)
-
-
-def parse_yes_or_no(text):
-    if text not in ("yes", "no"):
-        raise ValueError("neither yes nor no")
-    return text
-
-
-def parse_words(text):
-    words = WORD_RE.findall(text)
-    if not words:
-        raise ValueError("empty")
-    return words
+    number = int(matching("[0-9]+", text))
+    if not least <= number <= most:
+        raise ValueError(text)
+    return number
 
 
 def parse_networks(text):
     """Addresses and networks; those of IPv4 may be written as IPv6."""
-    words = parse_words(MAPPED_RE.sub("", text))
+    words = WORD_RE.findall(MAPPED_RE.sub("", text))
     return [ipaddress.ip_network(word) for word in words]
 
 
 def parse_relay_options(text):
     words = shlex.split(text)
     if any(map(NOT_FOR_RELAYS_RE.fullmatch, words)):
-        raise ValueError("not for a relay")
+        raise ValueError(text)
     return words
 
 
 def parse_globs(text):
-    if not GLOBS_RE.fullmatch(text):
-        raise ValueError("not globs of names")
-    return parse_words(text)
+    return WORD_RE.findall(matching("[]A-Za-z0-9._*?[!, -]+", text))
 
 
-# What the file, the environment and the options can set, each with what it holds and, in brackets,
-# what it is without.
-SETTINGS_HELP = """
-BASE_URL       URL or path: clones are made of BASE_URL/NAME.git (https://github.com/aiegoo)
-REPOS_DIR      folder where the clones go live (~/repos)
-HOOKS_DIR      has pre-update, post-update and update-ended (/etc/server-update/hooks)
-PORT           0 takes a free one (9999)
-BIND           address to listen on, else all
-TIMEOUT        seconds for an update (600)
-SUBMODULES     yes or no: clone them (yes)
-SECRET_FILE    keys, a line each, else /etc/server-update/secret if it exists
-ALLOW_FROM     addresses and networks that may ask, else all
-ALLOW_REPOS    globs of repositories that may be updated, else all
-VIEW_FROM      addresses and networks that may read /status and /metrics unsigned
-SLAVELIST      slaves beneath: they follow each update of this one
-RELAY_OPTIONS  options of server-update for them
-GIT_FROM       addresses and networks that may clone from here
-TLS_CERT       certificate chain (PEM): serve https
-TLS_KEY        its key, where that is not in TLS_CERT
-"""
 PARSERS = {
-    "BASE_URL": parse_base_url,
-    "REPOS_DIR": parse_path,
-    "HOOKS_DIR": parse_path,
-    "PORT": parse_port,
-    "BIND": ipaddress.ip_address,
-    "TIMEOUT": parse_timeout,
-    "SUBMODULES": parse_yes_or_no,
-    "SECRET_FILE": parse_path,
-    "ALLOW_FROM": parse_networks,
-    "ALLOW_REPOS": parse_globs,
-    "VIEW_FROM": parse_networks,
-    "SLAVELIST": parse_path,
-    "RELAY_OPTIONS": parse_relay_options,
-    "GIT_FROM": parse_networks,
-    "TLS_CERT": parse_path,
-    "TLS_KEY": parse_path,
+    "url": parse_base_url,
+    "path": parse_path,
+    "port": lambda text: parse_number(text, 0, 65535),
+    "seconds": lambda text: parse_number(text, 1, 999999),
+    "address": ipaddress.ip_address,
+    "switch": lambda text: matching("yes|no", text),
+    "networks": parse_networks,
+    "globs": parse_globs,
+    "options": parse_relay_options,
 }
-SETTINGS = {
-    key: Setting(default, PARSERS[key], text)
-    for key, text, default in re.findall(r"(?m)^(\w+) +(.*?)(?: \((\S+)\))?$", SETTINGS_HELP)
-}
+# What the file, the environment and the options can set: which of PARSERS reads it, what it holds
+# and, in brackets, what it is without.
+SETTINGS_TABLE = """
+BASE_URL      url      URL or path: clones are made of BASE_URL/NAME.git (https://github.com/aiegoo)
+REPOS_DIR     path     folder where the clones go live (~/repos)
+HOOKS_DIR     path     has pre-update, post-update and update-ended (/etc/server-update/hooks)
+PORT          port     0 takes a free one (9999)
+BIND          address  address to listen on, else all
+TIMEOUT       seconds  seconds for an update (600)
+SUBMODULES    switch   yes or no: clone them (yes)
+SECRET_FILE   path     keys, a line each, else /etc/server-update/secret if it exists
+ALLOW_FROM    networks addresses and networks that may ask, else all
+ALLOW_REPOS   globs    globs of repositories that may be updated, else all
+VIEW_FROM     networks addresses and networks that may read /status and /metrics unsigned
+SLAVELIST     path     slaves beneath: they follow each update of this one
+RELAY_OPTIONS options  options of server-update for them
+GIT_FROM      networks addresses and networks that may clone from here
+TLS_CERT      path     certificate chain (PEM): serve https
+TLS_KEY       path     its key, where that is not in TLS_CERT
+"""
+SETTING_RE = re.compile(r"(?m)^(\w+) +(\w+) +(.*?)(?: \((\S+)\))?$")
+SETTINGS = {key: Setting(default, PARSERS[kind], text)
+            for key, kind, text, default in SETTING_RE.findall(SETTINGS_TABLE)}
 
 
 # What KEY.NAME may set for the repository NAME alone; what slave-activate is told.
@@ -466,12 +440,13 @@ def parse_setting(key, text):
     """A setting's value; None where there is no text."""
     if not text:
         return None
-    try:
-        if not text.isprintable():
-            raise ValueError("unprintable")
-        return SETTINGS[key.partition(".")[0]].parse(text)
-    except ValueError:
+    value = []
+    with suppress(ValueError):
+        if text.isprintable():
+            value = SETTINGS[key.partition(".")[0]].parse(text)
+    if value == []:
         raise ValueError(f"bad {key} '{escape(text)}'")
+    return value
 
 
 def parse_line(line):
