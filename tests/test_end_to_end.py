@@ -326,10 +326,12 @@ def test_the_demo_shows_both_commits_and_leaves_nothing(tmp_path):
     process = start_demo(tmp_path, subprocess.PIPE)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 0, output + errors
-    before, after = output.split("# Somebody pushed ")
+    before, after, pushed = output.split("# Somebody pushed ")
     assert before.count('"Version 20"') == SLAVES + 1
     newest = after.split()[0]
     assert after.count('%s "Version 21"' % newest) == SLAVES + 1
+    assert pushed.count('%s "Version 22"' % pushed.split()[0]) == SLAVES + 1
+    assert "beneath: 3 live" in pushed
     assert len(re.findall(r"\blive\b.*" + newest[:7], after)) >= SLAVES
     assert names_in(tmp_path) == ["home"]
     assert processes_below(tmp_path) == []
