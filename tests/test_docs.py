@@ -12,8 +12,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from forge_support import make_key
 from pages import COMMANDS, PAGES, find_block, read
+from processes import wait_until
 from product import PYTHON, ROOT, SERVER_UPDATE, need
+from slave_support import SECRET, make_secret
 
 MAX_README_LINES = 170
 TIMEOUT_S = 120
@@ -31,6 +34,8 @@ BY_TEST = {
     ("recipes.md", "docs/examples/check_server_update"): "test_the_nagios_plugin",
     ("recipes.md", "server-update --status --json"): "test_the_textfile_for_node_exporter",
     ("recipes.md", "install -d /etc/server-update/hooks /srv"): "test_uploads_are_kept",
+    ("recipes.md", "slave.py --hook-key"): "test_a_push_as_the_page_has_it",
+    ("recipes.md", "key="): "test_a_push_as_the_page_has_it",
     ("recipes.md", "ssh-keygen"): "test_a_deploy_key",
     ("recipes.md", "git config --global credential"): "test_a_token",
     ("recipes.md", "install -d /etc/server-update/hooks\ninstall docs/examples/only"): (
@@ -200,6 +205,22 @@ def test_a_careful_rollout(world):
     assert world(window).returncode == 0
     done = world(history)
     assert done.returncode == 0 and "new prices" in done.stdout
+
+
+def test_a_push_as_the_page_has_it(world, tmp_path):
+    need("openssl")
+    slave = world.slave
+    slave.settings["SECRET_FILE"] = make_secret(tmp_path / "secret", SECRET)
+    slave.stop()
+    slave.start()
+    done = world(find_block("recipes.md", "slave.py --hook-key"))
+    assert done.stdout.split() == [make_key(), make_key("hanuman", "v1")], done.stdout
+    text = find_block("recipes.md", "key=").replace("relay1:", "web1:")
+    assert world(text).returncode == 22, "the key on the page is not this slave's"
+    done = world(re.sub("key=[0-9a-f]{64}", "key=" + make_key(), text))
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count('"repo": "hanuman"') == 3
+    wait_until(lambda: slave.log().count("asked for by 127.0.0.1, a forge") == 3)
 
 
 def test_from_ci(world):
