@@ -797,9 +797,9 @@ class Journal:
         self.unsaved = set()  # those whose record is not on disk as it is in memory
         self.changes = SimpleQueue()
         self.changed = threading.Condition()  # told after each change
-        self.floor = Floor(f"{folder}/signed")
         self.fds = []  # that hold the locks; the last one is the state folder
         self.take()
+        self.floor = Floor(f"{folder}/signed")
         # A disk that is full or read-only is told now, not at the first signal.
         write_synced(self.path("test"), b"")
         os.unlink(self.path("test"))
