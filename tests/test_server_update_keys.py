@@ -223,6 +223,25 @@ def test_a_slave_that_starts_for_ever_has_failed_by_the_timeout(farm, update):
     assert farm.signals[busy.split(":")[0]] == 1
 
 
+def test_a_master_whose_clock_is_behind_waits_for_a_slave_that_has_restarted(
+    start_slave, update, tmp_path
+):
+    """What another master, ten seconds ahead, has signed is the floor after the restart."""
+    secret = make_secret(tmp_path / "secret", SECRET)
+    slave = start_slave(SECRET_FILE=secret)
+    stand_in(slave)
+    ahead = signature("/?repo=hanuman", SECRET, when=time.time() + 10)
+    assert slave.get("/?repo=hanuman", headers=ahead)[0] == 202
+    assert slave.stop() == 0
+    slave.start()
+    begun = time.time()
+    entry = "127.0.0.1:%d" % slave.port
+    done = update([entry], "--json", "--retries=0", "--secret-file", str(secret))
+    assert done.outcomes == {entry: "live"}, done.stdout
+    # it may have taken so long to start that nothing is left to wait for
+    assert begun + done.results[entry]["seconds"] >= float(re.search("t=([0-9]+)", str(ahead))[1])
+
+
 # -- by hand
 
 
