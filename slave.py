@@ -752,13 +752,13 @@ def lock_folder(path, flags=os.O_RDONLY):
     fd = os.open(path, flags, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return fd
     except OSError as error:
         os.close(fd)
-        # NFS locks only what is open for writing, which a folder can't be.
-        if error.errno == errno.EBADF:
-            return lock_folder(join(path, ".lock"), os.O_RDWR | os.O_CREAT)
-        raise
-    return fd
+        if error.errno != errno.EBADF:
+            raise
+    # NFS locks only what is open for writing, which a folder can't be.
+    return lock_folder(f"{path}/.lock", os.O_RDWR | os.O_CREAT)
 
 
 def write_synced(path, content):
@@ -808,7 +808,7 @@ class Journal:
             if kind == "json":
                 self.load(repo)
         # It certainly runs from here on: without it no signal would ever get an answer.
-        threading.Thread(target=self.write_changes, daemon=True).start()
+        start_thread(self.write_changes)
 
     def take(self):
         """Makes the state folder, where it is gone, and takes it for this process alone.
@@ -899,20 +899,22 @@ class Journal:
             log(f"can't write in {self.folder}: {reason(error)}")
             with suppress(OSError):
                 os.unlink(f"{self.folder}/record.tmp")
-            for change in batch:
-                change.outcome = error
-            # Nothing of a batch counts but what has happened anyway: the start or end of a run.
-            after = self.make([change for change in batch if change.method != Records.accept])
+            after = self.make(batch, error)
         for repo, records in after.items():
             self.records[repo] = records
             # A repository of which nothing is remembered needs no memory.
             if not records.all():
                 del self.records[repo]
 
-    def make(self, batch):
-        """{repo: Records} after these changes, one after the other."""
+    def make(self, batch, failure=None):
+        """{repo: Records} after these changes, one after the other.
+
+        With a failure only after what has happened anyway, such as the start or end of a run."""
         after = {}
         for change in batch:
+            if failure and change.method == Records.accept:
+                change.outcome = failure
+                continue
             try:
                 before = after.get(change.repo) or self.recall(change.repo)
                 change.outcome = change.method(before, *change.args)
@@ -1719,7 +1721,7 @@ class Guard:
     def __init__(self, settings):
         """OSError or ValueError where something that says who may can't be looked at."""
         self.settings = settings
-        self.path = settings["SECRET_FILE"] or join(settings["CONFIG"], "secret")
+        self.path = settings["SECRET_FILE"] or f"{settings['CONFIG']}/secret"
         self.secrets = []
         self.complaint = ""  # of a secret file that is no good by now
         # One key's flood takes nothing from another key.
@@ -1752,21 +1754,17 @@ class Guard:
         if not match:
             raise Refusal(401, "signature missing or wrong")
         when, nonce, mac = match.groups()
-        secret = self.find_secret(mac, method, target, when, nonce)
+        signed = (method, target, when, nonce)
+        right = [one for one in self.secrets if hmac.compare_digest(sign(one, *signed), mac)]
+        if not right:
+            raise Refusal(401, "signature missing or wrong")
         # The difference of the clocks tells nothing to who has no key.
         when = int(when)
         difference = abs(now - when)
         if difference > MAX_CLOCK_DIFFERENCE_S:
             raise Refusal(401, f"the clocks are {difference} s apart")
-        self.nonces.setdefault(secret, Nonces()).take(bytes.fromhex(nonce), when)
+        self.nonces.setdefault(right[0], Nonces()).take(bytes.fromhex(nonce), when)
         return when
-
-    def find_secret(self, mac, *signed):
-        """The secret that signs like this, compared in constant time."""
-        for secret in self.secrets:
-            if hmac.compare_digest(sign(secret, *signed), mac):
-                return secret
-        raise Refusal(401, "signature missing or wrong")
 
     def is_from(self, key, text):
         """Whether an address is in one of the networks of a setting."""
@@ -1799,11 +1797,10 @@ class Hooks:
     def __init__(self, settings):
         """OSError where one can't be looked at; what a setting names must exist."""
         self.there = set()  # folders that have one
-        default = join(settings["CONFIG"], "hooks")
         for key, folder in settings.items():
             if not key.startswith("HOOKS_DIR"):
                 continue
-            if folder != default:
+            if folder != f"{settings['CONFIG']}/hooks":
                 os.stat(folder)
             self.look(folder)
 
@@ -2268,29 +2265,27 @@ class ServedFile:
             raise ValueError(f"'{self.path}' is a folder, not a file to serve")
 
     def open(self):
-        """The open file; Refusal where there is none, or none that may be shown."""
+        """The open file; Refusal where there is none, or none that may be shown.
+
+        Where it lies in a clone, no link of that clone leads out of it."""
         try:
-            return self.open_regular()
+            clone = find_clone(self.path, self.repos)
+            for _ in range(3):
+                # Opened so, nothing happens to a device or a FIFO, and nothing is waited for.
+                handle = os.open(self.path, os.O_PATH)
+                try:
+                    name = f"/proc/self/fd/{handle}"
+                    is_shown = not clone or is_content(os.readlink(name), realpath(clone))
+                    if is_shown and stat.S_ISREG(os.fstat(handle).st_mode):
+                        return open(name, "rb")
+                finally:
+                    os.close(handle)
+                # It may be of the old clone, which has just been exchanged for a new one.
         except PermissionError:
             raise Refusal(403, "the served file may not be read by the slave's user")
         except OSError:
-            raise Refusal(404, "the served file does not exist now")
-
-    def open_regular(self):
-        """Opens it; where it lies in a clone, no link of that clone leads out of it."""
-        clone = find_clone(self.path, self.repos)
-        for _ in range(3):
-            # Opened so, nothing happens to a device or a FIFO, and nothing is waited for.
-            handle = os.open(self.path, os.O_PATH)
-            try:
-                name = f"/proc/self/fd/{handle}"
-                is_shown = not clone or is_content(os.readlink(name), realpath(clone))
-                if is_shown and stat.S_ISREG(os.fstat(handle).st_mode):
-                    return open(name, "rb")
-            finally:
-                os.close(handle)
-            # It may be of the old clone, which has just been exchanged for a new one.
-        raise FileNotFoundError("it leads out of its clone, or is no file")
+            pass
+        raise Refusal(404, "the served file does not exist now")
 
 
 # -- handler: one connection ----------------------------------------------------
