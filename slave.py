@@ -387,32 +387,32 @@ PARSERS = {
     "url": parse_base_url,
     "path": parse_path,
     "port": lambda text: parse_number(text, 0, 65535),
-    "seconds": lambda text: parse_number(text, 1, 999999),
-    "address": ipaddress.ip_address,
-    "switch": lambda text: matching("yes|no", text),
-    "networks": parse_networks,
+    "time": lambda text: parse_number(text, 1, 999999),
+    "ip": ipaddress.ip_address,
+    "yesno": lambda text: matching("yes|no", text),
+    "nets": parse_networks,
     "globs": parse_globs,
-    "options": parse_relay_options,
+    "words": parse_relay_options,
 }
 # What the file, the environment and the options can set: which of PARSERS reads it, what it holds
 # and, in brackets, what it is without.
 SETTINGS_TABLE = """
-BASE_URL      url      URL or path: clones are made of BASE_URL/NAME.git (https://github.com/aiegoo)
-REPOS_DIR     path     folder where the clones go live (~/repos)
-HOOKS_DIR     path     has pre-update, post-update and update-ended (/etc/server-update/hooks)
-PORT          port     0 takes a free one (9999)
-BIND          address  address to listen on, else all
-TIMEOUT       seconds  seconds for an update (600)
-SUBMODULES    switch   yes or no: clone them (yes)
-SECRET_FILE   path     keys, a line each, else /etc/server-update/secret if it exists
-ALLOW_FROM    networks addresses and networks that may ask, else all
-ALLOW_REPOS   globs    globs of repositories that may be updated, else all
-VIEW_FROM     networks addresses and networks that may read /status and /metrics unsigned
-SLAVELIST     path     slaves beneath: they follow each update of this one
-RELAY_OPTIONS options  options of server-update for them
-GIT_FROM      networks addresses and networks that may clone from here
-TLS_CERT      path     certificate chain (PEM): serve https
-TLS_KEY       path     its key, where that is not in TLS_CERT
+BASE_URL      url   URL or path: clones are made of BASE_URL/NAME.git (https://github.com/aiegoo)
+REPOS_DIR     path  folder where the clones go live (~/repos)
+HOOKS_DIR     path  has pre-update, post-update and update-ended (/etc/server-update/hooks)
+PORT          port  0 takes a free one (9999)
+BIND          ip    address to listen on, else all
+TIMEOUT       time  seconds for an update (600)
+SUBMODULES    yesno yes or no: clone them (yes)
+SECRET_FILE   path  keys, a line each, else /etc/server-update/secret if it exists
+ALLOW_FROM    nets  addresses and networks that may ask, else all
+ALLOW_REPOS   globs globs of repositories that may be updated, else all
+VIEW_FROM     nets  addresses and networks that may read /status and /metrics unsigned
+SLAVELIST     path  slaves beneath: they follow each update of this one
+RELAY_OPTIONS words options of server-update for them
+GIT_FROM      nets  addresses and networks that may clone from here
+TLS_CERT      path  certificate chain (PEM): serve https
+TLS_KEY       path  its key, where that is not in TLS_CERT
 """
 SETTING_RE = re.compile(r"(?m)^(\w+) +(\w+) +(.*?)(?: \((\S+)\))?$")
 SETTINGS = {key: Setting(default, PARSERS[kind], text)
