@@ -1008,7 +1008,7 @@ def find_command(name):
 
 
 class Lines:
-    """Makes lines of what comes in parts; long ones become several."""
+    """Makes lines of what comes in parts; of long ones only the beginning counts."""
 
     def __init__(self, max_bytes, take):
         self.max_bytes = max_bytes
@@ -1023,8 +1023,7 @@ class Lines:
             lines.append(self.unfinished)
             self.unfinished = b""
         for line in lines:
-            for start in range(0, max(len(line), 1), self.max_bytes):
-                self.take(line[start:start + self.max_bytes])
+            self.take(line[:self.max_bytes])
 
 
 class Run:
@@ -1052,9 +1051,19 @@ class Run:
     def finish(self, timeout_s, is_stopping):
         """Blocks until it has ended, with all that it started, or been given up.
 
-        It is ended early once `is_stopping` says so, a function. Returns what wait() does."""
+        It is ended early once `is_stopping` says so, a function. Returns None, or what it was
+        ended for by force, "timeout" or "stop"."""
+        why = None
         try:
-            why = self.wait(timeout_s, is_stopping)
+            self.listen_until(lambda: self.has_ended() or is_stopping(), timeout_s)
+            if not self.has_ended():
+                # From here on it is by force, whether it obeys or not.
+                why = "stop" if is_stopping() else "timeout"
+                signal_group(self.process.pid, SIGTERM)
+                self.listen_until(self.has_ended, KILL_AFTER_S)
+            if not self.has_ended():
+                signal_group(self.process.pid, SIGKILL)
+                self.listen_until(self.has_ended, GIVE_UP_AFTER_S)
             # What it left gets a moment to say something: it may be what tells most.
             signal_group(self.process.pid, SIGTERM)
             self.listen_until(lambda: not self.pipes.get_map(), LEFTOVER_S)
@@ -1062,21 +1071,8 @@ class Run:
             self.close()
         return why
 
-    def wait(self, timeout_s, is_stopping):
-        """Waits until it has ended or been given up: None, or "timeout" or "stop" by force."""
-        self.listen_until(lambda: self.has_ended() or is_stopping(), timeout_s)
-        if self.has_ended():
-            return None
-        # From here on it is by force, whether it obeys or not.
-        why = "stop" if is_stopping() else "timeout"
-        signal_group(self.process.pid, SIGTERM)
-        if not self.listen_until(self.has_ended, KILL_AFTER_S):
-            signal_group(self.process.pid, SIGKILL)
-            self.listen_until(self.has_ended, GIVE_UP_AFTER_S)
-        return why
-
     def listen_until(self, is_over, timeout_s):
-        """Takes what it says until `is_over` or the time is up; whether it is over."""
+        """Takes what it says until `is_over` or the time is up."""
         deadline = monotonic() + timeout_s
         while not is_over():
             # Output wakes what waits for it; where there is none it looks again and again.
@@ -1086,8 +1082,7 @@ class Run:
                 if not part:
                     self.pipes.unregister(key.fileobj)
             if monotonic() >= deadline:
-                return is_over()
-        return True
+                return
 
     def has_ended(self):
         """Sets its status where it has."""
@@ -1908,22 +1903,20 @@ class Relay:
         bad = {"slave": self.slavelist, "outcome": "not started", "message": why}
         return {"beneath": {"not started": listed}, "beneath_bad": [bad]}
 
-    def environ(self, record):
-        """Who asked, why, and by way of whom, for server-update to pass on."""
-        via = ",".join(filter(None, (record.via, self.id)))
-        return dict(os.environ, SERVER_UPDATE_VIA=via,
-                    SERVER_UPDATE_BY=(record.by or "").encode("utf-8"),
-                    SERVER_UPDATE_NOTE=(record.note or "").encode("utf-8"))
-
     def update(self, record, commit):
         """Brings all to a commit: changes to a record, or None where it was stopped."""
         pins = ["--commit", commit]
         if record.ref:
             pins = ["--ref", record.ref.encode("utf-8"), *pins]
+        # Who asked, why, and by way of whom goes on to those beneath.
+        via = ",".join(filter(None, (record.via, self.id)))
+        environ = dict(os.environ)
+        for key, text in (("BY", record.by), ("NOTE", record.note), ("VIA", via)):
+            environ["SERVER_UPDATE_" + key] = (text or "").encode("utf-8")
         beneath = Beneath()
         try:
             command = self.command("--json", record.repo, *pins)
-            run = Run(record.repo + ": beneath", command, self.environ(record),
+            run = Run(record.repo + ": beneath", command, environ,
                       Lines(MAX_JSON_BYTES, beneath.take).add)
         except OSError as error:
             return self.not_started(f"can't run {error}")
@@ -1932,8 +1925,9 @@ class Relay:
         if self.is_stopping():
             return None
         if beneath.counts is None:
-            words = run.last_words() if run.status == 2 else ""
-            words = words or say_status("server-update", run.status)
+            words = say_status("server-update", run.status)
+            if run.status == 2:
+                words = run.last_words()
             return self.not_started(words, beneath.listed)
         return {"beneath": beneath.counts, "beneath_bad": beneath.bad}
 
@@ -1996,18 +1990,14 @@ class Updater:
         """Queues what was queued or running when the slave ended; OSError: it can't be read."""
         records = self.journal.records.get(repo)
         if not records or records.running:
-            records = self.record(repo, Records.resume)
+            records = self.journal.commit(repo, Records.resume)
         if records.running:
-            self.end_failed(repo, records.running.update, INTERRUPTED)
+            self.end_update(repo, records.running.update, failed(INTERRUPTED))
         for record in records.ended:
             self.update_ended.add(record)
         if records.queued:
             log(f"{repo}: update {records.queued.update} is taken up again")
             self.queue.waiting[repo] = True
-
-    def record(self, repo, method, *args):
-        """Changes the records of a repository, in memory even where they can't be written."""
-        return self.journal.commit(repo, method, *args)
 
     def take_signal(self, repo, ref, asked, peer):
         """Queues an update; its record, which is on disk then, or a Refusal."""
@@ -2046,7 +2036,7 @@ class Updater:
             if queued:
                 self.update(repo)
         except Refusal as refusal:
-            self.end_failed(repo, queued.update, refusal.args[1])
+            self.end_update(repo, queued.update, failed(refusal.args[1]))
         except Exception as error:
             # Whatever it is, who waits must hear of an end.
             message = f"the update can't go on: {error!r}"
@@ -2058,20 +2048,17 @@ class Updater:
     def update(self, repo):
         """Runs the queued update of a repository, and records how it ended."""
         live = read_live_commit(self.tree(repo))
-        record = self.record(repo, Records.start, live, time.time()).running
+        record = self.journal.commit(repo, Records.start, live, time.time()).running
         log(f"{repo}: update {record.update} starts, ref {record.ref or 'not given'}")
         # It may have vanished while this update was queued.
         self.check_hook(repo)
         changes = self.activate(record)
-        if changes and changes["state"] == "failed":
-            self.end_failed(repo, record.update, changes["message"])
-            return
-        if changes and self.relay:
+        if changes and changes["state"] == "live" and self.relay:
             changes = self.update_beneath(record, changes)
         if changes:
             self.end_update(repo, record.update, changes)
         else:
-            self.record(repo, Records.stop)
+            self.journal.commit(repo, Records.stop)
             log(f"{repo}: update {record.update} stopped, to be taken up again")
 
     def update_beneath(self, record, changes):
@@ -2118,25 +2105,25 @@ class Updater:
         return judge(record.repo, run.status, b"\n".join(said), run.last_words(),
                      late_after_s)
 
-    def end_failed(self, repo, update, message):
-        """Records that an update failed: what was live still is, and nothing beneath was begun."""
-        changes = dict(failed(message), commit=read_live_commit(self.tree(repo)))
-        if self.relay:
-            changes.update(self.relay.not_started(message))
-        self.end_update(repo, update, changes)
-        self.forget_oldest()
-
     def end_update(self, repo, update, changes):
         """Records how an update has ended, unless it had before, and tells of it."""
+        if changes["state"] == "failed":
+            # Whatever goes wrong here, who waits must hear of an end.
+            with suppress(Exception):
+                changes["commit"] = read_live_commit(self.tree(repo))
+            if self.relay:
+                changes.update(self.relay.not_started(changes["message"]))
         hook = join(self.setting("HOOKS_DIR", repo), "update-ended")
         if lexists(hook):
             changes["untold"] = hook
-        records = self.record(repo, Records.finish, update, changes, time.time())
+        records = self.journal.commit(repo, Records.finish, update, changes, time.time())
         done = records.find(update)
         self.update_ended.add(done)
         message = done.message and ": " + done.message
         log(f"{repo}: update {update} {outcome(done)} after {done.finished - done.started:.1f} s, "
             f"live is {done.commit or 'nothing'}{message}")
+        if done.state == "failed":
+            self.forget_oldest()
 
     def has_tree(self, repo):
         return lexists(self.tree(repo))
@@ -2150,13 +2137,13 @@ class Updater:
         # The newest ones stay: somebody may still ask how they ended.
         without.sort(key=lambda repo: records[repo].newest().requested)
         for repo in without[:-MAX_WITHOUT_TREE]:
-            self.record(repo, Records.forget)
+            self.journal.commit(repo, Records.forget)
 
     def forget_removed(self, repo):
         """Forgets a repository whose tree and record somebody has removed."""
         has_record = lexists(self.journal.path(repo))
         if repo in self.journal.records and not has_record and not self.has_tree(repo):
-            self.record(repo, Records.forget)
+            self.journal.commit(repo, Records.forget)
 
     def tend(self):
         """Called twice a second: starts what could not be started before, or sees to the end."""

@@ -79,7 +79,7 @@ def test_what_runs_as_another_user_is_left_and_the_update_ends(start_slave, tmp_
 RAISES = {
     "judge": "def judge(*run):\n    raise RuntimeError('on purpose')\n",
     "start": "def start(*run):\n    raise MemoryError('on purpose')\nRun.__init__ = start\n",
-    "wait": "def wait(*run):\n    raise KeyError('on purpose')\nRun.wait = wait\n",
+    "listen": "def listen(*run):\n    raise KeyError('on purpose')\nRun.listen_until = listen\n",
     "close": "def close(*run):\n    raise ValueError('on purpose')\nRun.close = close\n",
     "live": "def read_live_commit(tree):\n    raise RuntimeError('on purpose')\n",
 }
