@@ -5,10 +5,13 @@ up and a repository `hanuman`; unless a table below says which other test runs i
 does.
 """
 
+import http.server
+import json
 import os
 import re
 import stat
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -20,6 +23,9 @@ from slave_support import SECRET, make_secret
 
 MAX_README_LINES = 170
 TIMEOUT_S = 120
+
+# How a block begins that installs a hook of docs/examples.
+HOOK_BY = "install -d /etc/server-update/hooks\ninstall docs/examples/%s"
 
 # (page, how a block begins): the test that runs what is in it.
 BY_TEST = {
@@ -36,11 +42,12 @@ BY_TEST = {
     ("recipes.md", "install -d /etc/server-update/hooks /srv"): "test_uploads_are_kept",
     ("recipes.md", "slave.py --hook-key"): "test_a_push_as_the_page_has_it",
     ("recipes.md", "key="): "test_a_push_as_the_page_has_it",
+    ("recipes.md", "./install.sh relay"): "test_it_says_url_and_key_for_the_forge",
+    ("recipes.md", "install -d /etc/server-update/hooks /etc"): "test_a_hold",
+    ("recipes.md", HOOK_BY % "tell"): "test_a_chat_is_told",
     ("recipes.md", "ssh-keygen"): "test_a_deploy_key",
     ("recipes.md", "git config --global credential"): "test_a_token",
-    ("recipes.md", "install -d /etc/server-update/hooks\ninstall docs/examples/only"): (
-        "test_only_signed_commits_go_live"
-    ),
+    ("recipes.md", HOOK_BY % "only"): "test_only_signed_commits_go_live",
     ("recipes.md", 'server-update --commit "$(git'): "test_from_ci",
     ("recipes.md", "install -d -o deploy"): "test_a_hook_of_a_user_has_a_service_restarted",
     ("security.md", "./install.sh master --new"): "test_the_readme_is_followed_to_the_letter",
@@ -243,6 +250,79 @@ def test_a_token(world):
     assert not (world.work / "token").exists()
 
 
+def adapt(text, *pairs):
+    """A block's text with paths of ours in place of those shown, each of which must be there."""
+    for shown, here in pairs:
+        assert shown in text
+        text = text.replace(shown, str(here))
+    return text
+
+
+def test_a_hold(world, tmp_path):
+    assert world("server-update hanuman").returncode == 0
+    text = adapt(
+        find_block("recipes.md", "install -d /etc/server-update/hooks /etc"),
+        ("/etc/server-update/hooks", world.slave.hooks),
+        ("/etc/server-update/hold", tmp_path / "hold"),
+        ("docs/examples/", "%s/docs/examples/" % ROOT),
+    )
+    assert world(text).returncode == 0
+    hook = world.slave.hooks / "pre-update"
+    hook.write_text(adapt(read(hook), ("/etc/server-update/hold}", "%s/hold}" % tmp_path)))
+    world.upstream.commit({"file": "pushed\n"})
+    done = world("server-update hanuman")
+    assert done.returncode == 1
+    assert "on hold: rolled back for the fair, ask Ann" in done.stdout
+    (tmp_path / "hold/hanuman").unlink()
+    assert world("server-update hanuman").returncode == 0
+    assert (world.slave.repos / "hanuman/file").read_text() == "pushed\n"
+
+
+class Chat(http.server.BaseHTTPRequestHandler):
+    """Keeps what it is told in its server's `told`."""
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.told.append(json.loads(body.decode())["text"])
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def chat():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Chat)
+    server.told = []
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_chat_is_told(world, chat, tmp_path):
+    text = adapt(
+        find_block("recipes.md", HOOK_BY % "tell"),
+        ("/etc/server-update/hooks", world.slave.hooks),
+        ("/etc/server-update/chat-url", tmp_path / "chat-url"),
+        ("https://chat.example.org/hooks/1234", "http://127.0.0.1:%d/" % chat.server_port),
+        ("docs/examples/", "%s/docs/examples/" % ROOT),
+    )
+    assert world(text).returncode == 0
+    hook = world.slave.hooks / "update-ended"
+    shown, here = "/etc/server-update/chat-url}", "%s/chat-url}" % tmp_path
+    hook.write_text(adapt(read(hook).replace(" of /etc", ""), (shown, here)))
+    assert world("server-update hanuman").returncode == 0
+    assert world("server-update --ref nowhere hanuman").returncode == 1
+    wait_until(lambda: chat.told, what="a message")
+    (told,) = chat.told
+    live = world.upstream.head()[:7]
+    assert re.search(": hanuman: failed, live is %s. .*nowhere" % live, told), told
+
+
 SIGNED_COMMIT = """
 ssh-keygen -q -t ed25519 -N '' -f '%(key)s'
 git clone -q '%(upstream)s' ann && cd ann
@@ -260,7 +340,7 @@ def test_only_signed_commits_go_live(world, tmp_path):
     signed = {"key": tmp_path / "ann", "upstream": world.upstream.path}
     done = world(SIGNED_COMMIT % signed)
     assert done.returncode == 0, done.stdout
-    text = find_block("recipes.md", "install -d /etc/server-update/hooks\ninstall docs")
+    text = find_block("recipes.md", HOOK_BY % "only")
     for shown, here in (
         ("/etc/server-update/hooks", str(world.slave.hooks)),
         ("/etc/server-update/signers", str(tmp_path / "signers")),
