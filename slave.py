@@ -661,40 +661,28 @@ def is_list(value):
 
 
 # What must hold for the fields of a record; all but those of REQUIRED may be None as well.
-RULES = {
-    "repo": is_repo_name,
-    "update": is_number,
-    "ref": is_ref,
-    "requested": is_number,
-    "started": is_number,
-    "finished": is_number,
-    "commit": HASH_RE.fullmatch,
-    "previous": HASH_RE.fullmatch,
-    "message": re.compile(".*", re.DOTALL).fullmatch,
-    "pin": HASH_RE.fullmatch,
-    "hook": is_number,
-    "beneath": is_counts,
-    "beneath_bad": is_list,
-    "by": is_note,
-    "note": is_note,
-    "via": VIA_RE.fullmatch,
-    "expect": HASH_RE.fullmatch,
-    "first": is_number,
-    "tries": is_number,
-    "untold": str.isprintable,
-}
-REQUIRED = {"repo", "update", "requested", "message", "tries"}
+RULES = (
+    ("update requested started finished hook first tries", is_number),
+    ("commit previous pin expect", HASH_RE.fullmatch),
+    ("by note", is_note),
+    ("repo", is_repo_name),
+    ("ref", is_ref),
+    ("message untold", str.isprintable),
+    ("via", VIA_RE.fullmatch),
+    ("beneath", is_counts),
+    ("beneath_bad", is_list),
+)
+REQUIRED = {"requested", "message", "tries"}  # the others are looked at anyway
 
 
 def check_record(repo, record):
     """ValueError (or TypeError, AttributeError) unless this is a record of an update of `repo`."""
-    for key, is_right in RULES.items():
-        value = getattr(record, key)
-        # Where the version before had no such field, it has its default, which is mostly None.
-        if value is None and key not in REQUIRED:
-            continue
-        if not is_right(value):
-            raise ValueError("not a record of an update: bad " + key)
+    for keys, is_right in RULES:
+        for key in keys.split():
+            value = getattr(record, key)
+            # Where the version before had no such field, it has its default, mostly None.
+            if (value is not None or key in REQUIRED) and not is_right(value):
+                raise ValueError(f"not a record of an update: bad {key}")
     if record.repo != repo:
         raise ValueError("a record of another repository")
     states = ("live", "failed") if record.finished else ("queued", "running")
@@ -2956,8 +2944,6 @@ def max_connections(most):
     """So many connections that files are left for all else."""
     # The limit may be changed from outside at any time.
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    if files == resource.RLIM_INFINITY:
-        return most
     return max(1, min(most, files - RESERVED_FILES))
 
 
