@@ -1124,6 +1124,8 @@ def signal_group(leader, number):
 
 
 def say_status(program, status):
+    if status is None:
+        return f"{program} could not be ended"
     if status < 0:
         return f"{program} was killed by signal {-status}"
     return f"{program} ended with exit status {status}"
