@@ -335,7 +335,6 @@ class Throttle:
 # or raises ValueError where it is bad.
 Setting = namedtuple("Setting", "default parse help")
 MAPPED_RE = re.compile(r"(?<![0-9a-f:.])::ffff:(?=[0-9]+\.)", re.I)  # IPv4 as IPv6: RFC 4291
-QUOTED_RE = re.compile("^(['\"])(.*)\\1$")
 WORD_RE = re.compile(r"[^\s,]+")
 
 
@@ -414,9 +413,9 @@ GIT_FROM      nets  addresses and networks that may clone from here
 TLS_CERT      path  certificate chain (PEM): serve https
 TLS_KEY       path  its key, where that is not in TLS_CERT
 """
-SETTING_RE = re.compile(r"(?m)^(\w+) +(\w+) +(.*?)(?: \((\S+)\))?$")
+SETTING_PATTERN = r"(?m)^(\w+) +(\w+) +(.*?)(?: \((\S+)\))?$"
 SETTINGS = {key: Setting(default, PARSERS[kind], text)
-            for key, kind, text, default in SETTING_RE.findall(SETTINGS_TABLE)}
+            for key, kind, text, default in re.findall(SETTING_PATTERN, SETTINGS_TABLE)}
 
 
 # What KEY.NAME may set for the repository NAME alone; what slave-activate is told.
@@ -430,14 +429,12 @@ def option_name(key):
 
 def is_setting(key):
     """Whether a line of the settings file may begin with KEY or KEY.NAME."""
-    key, dot, repo = key.partition(".")
-    if dot:
-        return key in OWN_SETTINGS and is_repo_name(repo)
-    return key in SETTINGS
+    name, _, repo = key.partition(".")
+    return key in SETTINGS or name in OWN_SETTINGS and is_repo_name(repo)
 
 
-def parse_setting(key, text):
-    """A setting's value; None where there is no text."""
+def parse_setting(key, text, before="", after=""):
+    """A setting's value; None where there is no text. The two others tell where it is from."""
     if not text:
         return None
     value = []
@@ -445,35 +442,28 @@ def parse_setting(key, text):
         if text.isprintable():
             value = SETTINGS[key.partition(".")[0]].parse(text)
     if value == []:
-        raise ValueError(f"bad {key} '{escape(text)}'")
+        raise ValueError(f"{before}bad {key} '{escape(text)}'{after}")
     return value
-
-
-def parse_line(line):
-    """(KEY, its value) of a line KEY=value."""
-    key, equals, text = [part.strip() for part in line.partition("=")]
-    if not equals:
-        raise ValueError(f"no '=' in '{escape(key)}'")
-    if not is_setting(key):
-        raise ValueError(f"unknown setting '{escape(key)}'")
-    # Without the quotes around it that sh would take away as well.
-    return key, parse_setting(key, QUOTED_RE.sub(r"\2", text))
 
 
 def read_conf(path):
     """{KEY: value} of the lines KEY=value of a file, which are text and never run."""
     values = {}
     with open(path, encoding="utf-8", errors="surrogateescape") as lines:
-        for number, line in enumerate(lines, 1):
-            line = line.strip()
+        for number, line in enumerate(map(str.strip, lines), 1):
             if not line or line.startswith("#"):
                 continue
+            where = f"{path}:{number}: "
+            key, equals, text = map(str.strip, line.partition("="))
+            if not equals:
+                raise ValueError(f"{where}no '=' in '{escape(key)}'")
+            if not is_setting(key):
+                raise ValueError(f"{where}unknown setting '{escape(key)}'")
+            # Without the quotes around it that sh would take away as well.
+            text = re.sub("^(['\"])(.*)\\1$", r"\2", text)
             # A bad value is a mistake even where the environment or an option has a better one.
-            try:
-                key, value = parse_line(line)
-            except ValueError as mistake:
-                raise ValueError(f"{path}:{number}: {mistake}")
-            if value is not None:
+            value = parse_setting(key, text, before=where)
+            if text:
                 values[key] = value
     return values
 
@@ -484,13 +474,9 @@ def read_given(environ, options):
     given = {**environ, **options}
     for key in SETTINGS:
         for name in ("SERVER_UPDATE_" + key, option_name(key)):
-            text = given.get(name)
-            if not text:
-                continue
-            try:
-                values[key] = parse_setting(key, text.strip())
-            except ValueError as mistake:
-                raise ValueError(f"{mistake} (set by {name})")
+            if given.get(name):
+                text = given[name].strip()
+                values[key] = parse_setting(key, text, after=f" (set by {name})")
     return values
 
 
@@ -2982,9 +2968,7 @@ def serve(options):
     folder = config_folder(__file__)
     settings = read_settings(os.environ, options, folder)
     guard = Guard(settings)
-    served_file = None
-    if options["FILE"]:
-        served_file = ServedFile(options["FILE"], settings["REPOS_DIR"])
+    served_file = options["FILE"] and ServedFile(options["FILE"], settings["REPOS_DIR"])
     command = find_command("slave-activate")
     # glibc keeps 40 MB of stacks that were used: better a few large ones.
     threading.stack_size(2 << 20)
@@ -3041,12 +3025,11 @@ def serve_until_stopped(server):
 
 def open_standard_files():
     """Opens those that are closed, lest a connection become what the log is written to."""
-    for number in (0, 1, 2):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the first free number, which is this one
-            os.set_inheritable(number, True)
+    number = os.open(os.devnull, os.O_RDWR)  # the first that is free
+    while number <= 2:
+        os.set_inheritable(number, True)
+        number = os.open(os.devnull, os.O_RDWR)
+    os.close(number)
 
 
 def serve_or_say(options):
@@ -3090,11 +3073,9 @@ def make_parser():
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("FILE", nargs="?", help="serve this file at /")
     for key, setting in SETTINGS.items():
-        text = setting.help
-        if setting.default:
-            text += f" ({setting.default})"
         name = option_name(key)
-        parser.add_argument(name, dest=name, metavar=key, help=text)
+        default = f" ({setting.default})" if setting.default else ""
+        parser.add_argument(name, dest=name, metavar=key, help=setting.help + default)
     parser.add_argument("--hook-key", metavar="NAME [REF]", help="print a forge's key, no more")
     parser.add_argument("--version", action="version", version="slave.py " + VERSION)
     return parser
