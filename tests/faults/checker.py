@@ -10,7 +10,7 @@ from fleet import REPO
 from processes import processes_below, wait_until
 
 ENDED = ("live", "failed")
-STATE_FILES = {REPO + ".json", REPO + ".lock"}
+STATE_FILES = {REPO + ".json", REPO + ".lock", "relay-id"}
 TRASH = "trash"  # has what could not be removed, until it can be
 LISTENS = "0A"  # in /proc/net/tcp
 CALM_S = 30  # the time in which everything under way has ended once the faults are over
@@ -99,6 +99,9 @@ def check_live_record(fleet, record, when):
     order = fleet.history.order(record["commit"])
     if order is None:
         yield "live at a commit that upstream never had: %s" % record
+    elif record["pin"]:
+        if record["pin"] != record["commit"]:
+            yield "asked for exactly a commit and live at another: %s" % record
     elif len(record["ref"] or "") == 40:
         if record["ref"] != record["commit"]:
             yield "asked for a commit and live at another: %s" % record

@@ -73,11 +73,11 @@ class FleetSlave(Slave):
     """A slave with a journal, a proxy, a clock that can be wrong and maybe a small disk."""
 
     def __init__(self, folder, base_url, loop, small_disk=False, minds_rights=False,
-                 max_files=None, sources=SOURCES):
+                 max_files=None, sources=SOURCES, settings=None):
         folder.mkdir()
         self.folder, self.disk = folder, None
         self.minds_rights = minds_rights  # root has none of its powers there: rights hold for it
-        settings = {"BASE_URL": base_url, "TIMEOUT": 20}
+        settings = dict({"BASE_URL": base_url, "TIMEOUT": 20}, **(settings or {}))
         if small_disk:
             self.disk = folder / "disk"
             self.disk.mkdir()

@@ -8,12 +8,13 @@ from schedule import FAULTS, give_back, make_schedule, restart
 
 EVENTS = 12
 SPREAD_S = 1.5
+WITHOUT_SLAVE = ("push", "force_push", "signal_top", "kill_fleet_run")
 # Faults after which an update of that slave may honestly end as failed; break_upstream: of any.
 EXCUSES = {"kill_a_child", "kill_slave", "kill_everything", "edit_times", "break_record",
            "mount_volume", "hide_record", "remove_state", "limit_files"}
 
 
-def run_events(fleet, events):
+def run_events(fleet, events, faults=FAULTS):
     """Begin and end each fault at its time; those still to be ended are ended late, not never."""
     began, endings = time.monotonic(), []
     queue = [(event.at, event) for event in events]
@@ -27,9 +28,9 @@ def run_events(fleet, events):
         queue.remove(todo)
         event = todo[1]
         slave = fleet.slaves[event.slave]
-        if slave.process.poll() is not None and event.kind not in ("push", "force_push"):
+        if slave.process.poll() is not None and event.kind not in WITHOUT_SLAVE:
             continue  # it is down already
-        end = FAULTS[event.kind](fleet, slave, random.Random(event.seed))
+        end = faults[event.kind](fleet, slave, random.Random(event.seed))
         if end:
             endings.append((event.at + event.lasts, end))
 

@@ -304,14 +304,20 @@ def push(fleet, slave, rng):
 def burst(fleet, slave, rng):
     """Thirty signals at one slave, some for other refs, by somebody who isn't the master."""
     for _ in range(30):
-        ref = rng.choice(["", "", "&ref=side", "&ref=" + fleet.history.head()])
-        asked = time.time()
-        try:
-            status, _, body = slave.get("/?repo=site" + ref, timeout=2)
-        except (OSError, http.client.HTTPException):
-            return  # it is down, dying or frozen
-        if status == 202:
-            slave.heard.append((asked, json.loads(body.decode())["update"]))
+        if not ask(slave, rng.choice(["", "", "&ref=side", "&ref=" + fleet.history.head()])):
+            return
+
+
+def ask(slave, ref=""):
+    """One signal, not by way of the proxy; False where the slave is down, dying or frozen."""
+    asked = time.time()
+    try:
+        status, _, body = slave.get("/?repo=site" + ref, timeout=2)
+    except (OSError, http.client.HTTPException):
+        return False
+    if status == 202:
+        slave.heard.append((asked, json.loads(body.decode())["update"]))
+    return True
 
 
 FAULTS = {fault.__name__: fault for fault in (

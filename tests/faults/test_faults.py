@@ -1,11 +1,19 @@
 """The quick form of the fault suite, on fixed seeds; the long: sh tests/run --soak MINUTES."""
 import pytest
 from fleet import Fleet
+from relays import (
+    RELAY_FAULTS,
+    RelayFleet,
+    check_all_good,
+    make_relay_schedule,
+    run_relay_round,
+)
 from rounds import EVENTS, SPREAD_S, run_round
 from schedule import FAULTS, make_schedule
 
 SLAVES = 20
 SEEDS = (2, 28, 5)
+RELAY_SEEDS = (1, 2, 3)
 
 
 def test_the_seeds_replay_and_have_every_fault():
@@ -24,5 +32,22 @@ def test_a_fleet_under_faults_keeps_every_promise(tmp_path):
             counts = run_round(fleet, seed)
             assert counts["accepted"] >= SLAVES
             assert counts["reads"] > SLAVES
+    finally:
+        fleet.close()
+
+
+def test_the_seeds_for_relays_have_every_fault():
+    schedules = [make_relay_schedule(seed) for seed in RELAY_SEEDS]
+    assert schedules == [make_relay_schedule(seed) for seed in RELAY_SEEDS]
+    assert {event.kind for events in schedules for event in events} == set(RELAY_FAULTS)
+
+
+@pytest.mark.slow
+def test_what_a_relay_has_taken_is_accounted_for_on_every_slave(tmp_path):
+    fleet = RelayFleet(tmp_path)
+    try:
+        assert list(check_all_good(fleet)) == []
+        counts = [run_relay_round(fleet, seed) for seed in RELAY_SEEDS]
+        assert sum(count["accepted"] for count in counts) >= len(RELAY_SEEDS)
     finally:
         fleet.close()

@@ -1,0 +1,150 @@
+"""A fleet with two tiers of relays, under faults: what the top one has answered with 202 is
+accounted for on every slave beneath.
+
+Signals go to the top relay alone. Beneath it are a leaf and another relay, which has leaves of its
+own; all of them are reached through proxies, as the network between them breaks, too.
+"""
+import random
+import signal
+
+from checker import Violation, check_slave, check_tree, wait_for_calm
+from fleet import REPO, FleetSlave, History
+from processes import kill, processes_below
+from proxy import ProxyLoop
+from rounds import mend_everything, run_events
+from schedule import FAULTS, Event, ask
+from upstream import HttpUpstream, Upstream
+
+LEAVES = 3  # one beneath the top relay, the others beneath the low one
+EVENTS = 10  # beside the signals
+SIGNALS = 8
+SPREAD_S = 4
+LOW_OPTIONS = "--timeout 5 --connect-timeout 1 --retries 1"
+TOP_OPTIONS = "--timeout 12 --connect-timeout 1 --retries 1"
+
+
+def signal_top(fleet, slave, rng):
+    """Somebody pushes, and the top relay is told, if it is up."""
+    fleet.history.push()
+    ask(fleet.top)
+
+
+def kill_fleet_run(fleet, slave, rng):
+    """kill -9 of a relay's server-update, if one runs."""
+    for relay in (fleet.top, fleet.low):
+        for pid in processes_below(relay.folder):
+            try:
+                with open("/proc/%d/cmdline" % pid, "rb") as command:
+                    is_run = b"/server-update\0--json" in command.read()
+            except OSError:
+                continue
+            if is_run:
+                kill(pid, signal.SIGKILL)
+
+
+KINDS = ("kill_slave", "kill_everything", "kill_a_child", "stop_cleanly", "cut_network",
+         "reset_clients", "fail_in_passing", "push")
+RELAY_FAULTS = dict({kind: FAULTS[kind] for kind in KINDS}, kill_fleet_run=kill_fleet_run,
+                    signal_top=signal_top)
+
+
+class RelayFleet:
+    """Leaves, a relay above some of them, and one above that and the others."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.upstream = Upstream(folder / "upstream")
+        self.http = HttpUpstream(self.upstream)
+        self.history = History(self.upstream)
+        self.history.push()
+        self.history.push("side")
+        self.loop = ProxyLoop()
+        leaves = [self.add("leaf-%d" % number) for number in range(LEAVES)]
+        self.low = self.add("low", leaves[1:], LOW_OPTIONS)
+        self.top = self.add("top", [leaves[0], self.low], TOP_OPTIONS)
+        self.slaves = [*leaves, self.low, self.top]
+
+    def add(self, name, beneath=(), options=""):
+        """A slave, with others beneath it perhaps."""
+        settings = {}
+        if beneath:
+            slavelist = self.folder / (name + ".txt")
+            slavelist.write_text("".join(slave.proxy.entry + "\n" for slave in beneath))
+            settings = {"SLAVELIST": slavelist, "RELAY_OPTIONS": options}
+        return FleetSlave(self.folder / name, self.http.url, self.loop, settings=settings)
+
+    def close(self):
+        for slave in self.slaves:
+            slave.close()
+        self.loop.close()
+        self.http.close()
+
+
+def make_relay_schedule(seed):
+    """The events of a round, in order: a pure function of its seed."""
+    rng = random.Random(seed)
+    kinds = [rng.choice(sorted(set(RELAY_FAULTS) - {"signal_top"})) for _ in range(EVENTS)]
+    kinds += ["signal_top"] * SIGNALS
+    return sorted(Event(round(rng.uniform(0, SPREAD_S), 3), kind, rng.randrange(LEAVES + 2),
+                        round(rng.uniform(0.1, 2), 3), rng.randrange(2 ** 32)) for kind in kinds)
+
+
+def live_at(slave):
+    """The commit of a live tree, looked up without the product."""
+    return slave.json("/status?repo=" + REPO)["commit"] if slave.tree.exists() else None
+
+
+def check_beneath(fleet, record):
+    """Who is not at the top relay's commit is named in its record, or its relay is."""
+    if record["state"] == "failed":
+        if set(record["beneath"]) != {"not started"}:
+            yield "failed, and beneath it is %s" % record["beneath"]
+        return
+    told = {bad["slave"]: bad["outcome"] for bad in record["beneath_bad"]}
+    low = fleet.low.proxy.entry
+    for slave in fleet.slaves[:-1]:
+        entry = slave.proxy.entry
+        name = "%s > %s" % (low, entry)
+        is_told = entry in told or name in told or set(record["beneath"]) == {"not started"}
+        # A relay that could not be followed to its end says nothing of those beneath it.
+        if slave in fleet.slaves[1:LEAVES] and told.get(low, "beneath failed") != "beneath failed":
+            is_told = True
+        if live_at(slave) != record["commit"] and not is_told:
+            yield "%s is at %s, and the top relay says %s" % (
+                slave.folder.name, live_at(slave), record)
+
+
+def check_all_good(fleet):
+    """One more push, and nothing is left of the faults."""
+    commit = fleet.history.push()
+    record = fleet.top.wait_update(REPO, fleet.top.signal(REPO))
+    if (record["commit"], record["beneath"]) != (commit, {"live": LEAVES + 1}):
+        yield "the next push did not put all right: %s" % record
+    for slave in fleet.slaves:
+        wait_for_calm(slave)
+        if live_at(slave) != commit:
+            yield "%s is at %s, not %s" % (slave.folder.name, live_at(slave), commit)
+        yield from check_tree(fleet, slave)
+
+
+def run_relay_round(fleet, seed):
+    """One round; what happened as a dict of counts. Raises Violation with all that was broken."""
+    plan = make_relay_schedule(seed)
+    for slave in fleet.slaves:
+        slave.journal_before = len(slave.journal())
+    since = fleet.history.pushed_at[-1]
+    run_events(fleet, plan, RELAY_FAULTS)
+    mend_everything(fleet)
+    # From above, as those above ask those beneath.
+    for slave in reversed(fleet.slaves):
+        wait_for_calm(slave)
+    problems = list(check_beneath(fleet, fleet.top.json("/status?repo=" + REPO)))
+    for slave in fleet.slaves:
+        problems += check_slave(fleet, slave, since, excused=True)
+    problems += check_all_good(fleet)
+    if problems:
+        raise Violation("seed %s: %s\n%s" % (
+            seed, ", ".join("%s at %.2f s on %d" % (event.kind, event.at, event.slave)
+                            for event in plan), "\n".join(problems)))
+    return {"accepted": len([1 for when, _ in fleet.top.accepted() if when >= since]),
+            "faults": len(plan)}
