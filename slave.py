@@ -1325,13 +1325,6 @@ def add_beneath(changes, beneath):
     return dict(changes, message=": ".join(filter(None, words)), **beneath)
 
 
-def say_ended(record):
-    """The message of an update for update-ended: with the names of the first that are bad."""
-    bad = record.beneath_bad or []
-    names = ", ".join(one["slave"] for one in bad[:MAX_NAMES])
-    return record.message + (names and f" ({names})")
-
-
 # -- git: what may be cloned from here, by git's own upload-pack ---------------
 
 # What somebody has just been told of is sent, even if no ref leads to it any more.
@@ -1814,9 +1807,11 @@ class UpdateEnded:
         if self.is_stopping():
             return
         name = record.repo + ": update-ended"
-        command = [record.untold, record.repo, outcome(record),
-                   record.previous or "-", record.commit or "-",
-                   say_ended(record).encode("utf-8")]
+        # With the names of the first that are bad beneath.
+        names = ", ".join(bad["slave"] for bad in (record.beneath_bad or [])[:MAX_NAMES])
+        message = record.message + (names and f" ({names})")
+        command = [record.untold, record.repo, outcome(record), record.previous or "-",
+                   record.commit or "-", message.encode("utf-8")]
         try:
             run = Run(name, command, os.environ, len)  # what it prints is nobody's concern
             if run.finish(UPDATE_ENDED_TIMEOUT_S, self.is_stopping) == "stop":
@@ -1869,8 +1864,8 @@ class Relay:
         command = self.command("--dry-run", "any")
         done = subprocess.run(command, capture_output=True, timeout=LIST_TIMEOUT_S)
         if done.returncode:
-            words = done.stderr.decode("utf-8", "replace").strip().rpartition("server-update: ")
-            raise ValueError("SLAVELIST or RELAY_OPTIONS: " + words[2])
+            words = done.stderr.decode("utf-8", "replace").split("server-update: ")
+            raise ValueError("SLAVELIST or RELAY_OPTIONS: " + words[-1].strip())
         return done.stdout.count(b"\n")
 
     def not_started(self, why, listed=None):
@@ -1884,9 +1879,7 @@ class Relay:
 
     def update(self, record, commit):
         """Brings all to a commit: changes to a record, or None where it was stopped."""
-        pins = ["--commit", commit]
-        if record.ref:
-            pins = ["--ref", record.ref.encode("utf-8"), *pins]
+        refs = ["--ref", record.ref.encode("utf-8")] if record.ref else []
         # Who asked, why, and by way of whom goes on to those beneath.
         via = ",".join(filter(None, (record.via, self.id)))
         environ = dict(os.environ)
@@ -1894,7 +1887,7 @@ class Relay:
             environ["SERVER_UPDATE_" + key] = (text or "").encode("utf-8")
         beneath = Beneath()
         try:
-            command = self.command("--json", record.repo, *pins)
+            command = self.command("--json", record.repo, *refs, "--commit", commit)
             run = Run(record.repo + ": beneath", command, environ,
                       Lines(MAX_JSON_BYTES, beneath.take).add)
         except OSError as error:
@@ -2062,12 +2055,10 @@ class Updater:
     def activate(self, record):
         """Runs slave-activate; how it ended, as changes to the record, or None: it was stopped."""
         said = deque(maxlen=2)  # on stdout: a line, and whether there was another
-        command = [self.command]
-        if record.pin:
-            command.extend(["--commit", record.pin])
-        command.append(record.repo)
-        if record.ref:
-            command.append(record.ref.encode("utf-8"))  # whatever the locale can encode
+        pins = ["--commit", record.pin] if record.pin else []
+        # Whatever the locale can encode.
+        refs = [record.ref.encode("utf-8")] if record.ref else []
+        command = [self.command, *pins, record.repo, *refs]
         environ = self.environ(record.repo)
         # A forge may tell of a push before it can be fetched.
         environ["SERVER_UPDATE_EXPECT"] = record.expect or ""
