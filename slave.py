@@ -5,7 +5,6 @@
     slave.py ~/repos/site/index.html             the same, and serve that file at /
     GET /?repo=NAME[&ref=REF]                    start an update: 202 and its id, as JSON
     GET /status[?repo=NAME[&update=ID&wait=S]]   what is live, and how updates ended
-    GET /metrics                                 the same in Prometheus's text format
     GET /healthz                                 200 once it serves
 
 Settings: KEY=value lines in /etc/server-update/slave.conf (or the file SERVER_UPDATE_CONF),
@@ -31,7 +30,6 @@ import errno
 import fcntl
 import fnmatch
 import hmac
-import html
 import http.server
 import ipaddress
 import json
@@ -46,10 +44,8 @@ import ssl
 import stat
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-import zlib
 from collections import Counter, deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -129,15 +125,10 @@ MAX_READ_BODY_BYTES = 256 << 10  # those that are larger are only proved
 MAX_LARGE_BODIES = 4  # at once
 
 # Clones from here
-MAX_GIT_CONNECTIONS = 1024  # in all, where somebody may clone
-MAX_GIT_RUNS = 8  # side by side
-MAX_GIT_BODY_BYTES = 16 << 20  # unpacked: what 300,000 commits take that somebody has
 MIN_FREE_BYTES = 128 << 20  # on the disk, for all else
 KEEP_ANSWER_S = 60  # for those who ask the same a little later
 PART_BYTES = 65536  # that are read, unpacked and sent in one go
 CHUNK_RE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(;.*)?\r?\n")  # RFC 9112
-GIT_RE = re.compile(r"/git/(\w[\w.-]*)\.git/(?:info/refs\?service=)?git-(upload|receive)-pack\??")
-GIT_PROTOCOLS = ("version=1", "version=2")
 
 # Signatures
 SIGNATURE_RE = re.compile(r"t=([0-9]{1,12}),n=([0-9a-f]{32}),s=([0-9a-f]{64})")
@@ -406,10 +397,9 @@ SUBMODULES    yesno yes or no: clone them (yes)
 SECRET_FILE   path  keys, a line each, else /etc/server-update/secret if it exists
 ALLOW_FROM    nets  addresses and networks that may ask, else all
 ALLOW_REPOS   globs globs of repositories that may be updated, else all
-VIEW_FROM     nets  addresses and networks that may read /status and /metrics unsigned
+VIEW_FROM     nets  addresses and networks that may read /status unsigned
 SLAVELIST     path  slaves beneath: they follow each update of this one
 RELAY_OPTIONS words options of server-update for them
-GIT_FROM      nets  addresses and networks that may clone from here
 TLS_CERT      path  certificate chain (PEM): serve https
 TLS_KEY       path  its key, where that is not in TLS_CERT
 """
@@ -420,7 +410,7 @@ SETTINGS = {key: Setting(default, PARSERS[kind], text)
 
 # What KEY.NAME may set for the repository NAME alone; what slave-activate is told.
 OWN_SETTINGS = ("BASE_URL", "HOOKS_DIR", "SUBMODULES", "TIMEOUT")
-ACTIVATE_SETTINGS = ("REPOS_DIR", "GIT_FROM", *OWN_SETTINGS)
+ACTIVATE_SETTINGS = ("REPOS_DIR", *OWN_SETTINGS)
 
 
 def option_name(key):
@@ -539,11 +529,8 @@ def next_update_id(newest, now):
     return max(int(now * 1000), before + 1)
 
 
-class Records(namedtuple("Records", "ended running queued counts",
-                         defaults=((), None, None, Counter()))):
-    """What is remembered of one repository's updates, oldest first; nothing here changes it.
-
-    `counts` is how many have ended with which outcome since the slave began."""
+class Records(namedtuple("Records", "ended running queued", defaults=((), None, None))):
+    """What is remembered of one repository's updates, oldest first; nothing here changes it."""
 
     def all(self):
         unfinished = [record for record in (self.running, self.queued) if record]
@@ -590,13 +577,7 @@ class Records(namedtuple("Records", "ended running queued counts",
         done = begun.running._replace(finished=now, **changes)
         # Who is bad beneath is told of the newest alone.
         before = [record._replace(beneath_bad=None) for record in self.ended]
-        ended = (*before, done)
-        # When something went live last is known however many updates have failed since.
-        lived = [record for record in ended if record.state == "live"][-1:]
-        remembered = [*lived, *ended[-MAX_ENDED:]]
-        kept = [record for record in ended if record in remembered]
-        counts = self.counts + Counter([outcome(done)])
-        return begun._replace(ended=tuple(kept), running=None, counts=counts)
+        return begun._replace(ended=(*before, done)[-MAX_ENDED:], running=None)
 
     def tell(self, update):
         """update-ended has run for an update."""
@@ -1325,284 +1306,6 @@ def add_beneath(changes, beneath):
     return dict(changes, message=": ".join(filter(None, words)), **beneath)
 
 
-# -- git: what may be cloned from here, by git's own upload-pack ---------------
-
-# What somebody has just been told of is sent, even if no ref leads to it any more.
-UPLOAD_PACK = ("git -c safe.directory=* -c uploadpack.allowAnySHA1InWant=true "
-               "upload-pack --strict --stateless-rpc")
-SERVICE_LINE = b"001e# service=git-upload-pack\n0000"  # before refs, up to protocol 1
-
-
-def nameless_file(folder):
-    return tempfile.TemporaryFile(dir=folder)
-
-
-class Answer:
-    """What upload-pack answers, in a file that all who ask the same read while it grows."""
-
-    def __init__(self, folder, repo, protocol, body):
-        """Starts it, without a body for a list of refs; OSError where it can't."""
-        self.readers = set()
-        self.used = 0  # when it was asked for last
-        self.file = nameless_file(folder)
-        command = UPLOAD_PACK
-        if not body:
-            command += " --advertise-refs"
-            if protocol != "version=2":
-                self.file.write(SERVICE_LINE)
-                self.file.flush()
-        environ = dict(git_environ(), GIT_PROTOCOL=protocol)
-        with nameless_file(folder) as stdin:
-            stdin.write(body)
-            stdin.seek(0)
-            self.process = subprocess.Popen(
-                f"{command} .".split(), env=environ, cwd=f"{folder}/{repo}.git",
-                start_new_session=True, stdin=stdin, stdout=self.file, stderr=subprocess.DEVNULL)
-
-    def is_running(self):
-        return self.process.poll() is None
-
-
-class Mirrors:
-    """The mirrors that slave-activate keeps; what many ask alike, one run of git answers."""
-
-    def __init__(self, folder):
-        self.folder = folder
-        self.lock = threading.Lock()  # for the next one
-        self.answers = {}  # {what was asked for, and the state of the refs: Answer}
-
-    def ask(self, reader, *asked):
-        """The Answer for a handler, which may still grow; None: it is not yet its turn.
-
-        Asked for is a repository, by a protocol and a body; Refusal where there is no mirror of
-        it, or no room for an answer."""
-        try:
-            refs = os.stat(f"{self.folder}/{asked[0]}.git/packed-refs")
-        except OSError:
-            raise Refusal(404, "no mirror here; where GIT_FROM is set, an update makes one")
-        if shutil.disk_usage(self.folder).free < MIN_FREE_BYTES:
-            raise Refusal(503, "the disk is nearly full", RETRY_LATER)
-        # A new file is there before the old one goes, so no two states have both in common.
-        key = (asked, refs.st_ino, refs.st_mtime_ns)
-        with self.lock:
-            answer = self.answers.get(key)
-            # One that has failed is not told again.
-            if not answer or answer.process.poll():
-                if sum(map(Answer.is_running, self.answers.values())) >= MAX_GIT_RUNS:
-                    return None
-                answer = self.answers[key] = Answer(self.folder, *asked)
-            answer.readers.add(reader)
-            answer.used = monotonic()
-        return answer
-
-    def tend(self, may_last_s):
-        """Called twice a second: ends what takes longer, and forgets what nobody asks for."""
-        with self.lock:
-            for key, answer in list(self.answers.items()):
-                unused_s = monotonic() - answer.used
-                if answer.is_running() and (unused_s > may_last_s or not answer.readers):
-                    signal_group(answer.process.pid, SIGKILL)
-                elif unused_s < KEEP_ANSWER_S:
-                    continue
-                del self.answers[key]
-
-
-# -- views: what is seen from outside; pure ----------------------------------
-
-INFO = f"""\
-# HELP server_update_info The version that runs.
-# TYPE server_update_info gauge
-server_update_info{{version="{VERSION}"}} 1"""
-
-
-def measure(now, records):
-    """What Prometheus is told of a repository, each metric by itself, in its text format.
-
-    `now` is the newest record as it looks now. All words are ours, and need no escapes."""
-    last = now  # that has ended
-    if records.ended and not now.finished:
-        last = records.ended[-1]
-    lived = [record.finished for record in records.ended if record.state == "live"]
-    beneath = [f'server_update_beneath{{repo="{now.repo}",outcome="{name}"}} {count}'
-               for name, count in (last.beneath or {}).items()]
-    lines = "\n".join(beneath)
-    repo, counts = now.repo, records.counts
-    return f"""\
-# HELP server_update_updates_total Updates that have ended since the slave began.
-# TYPE server_update_updates_total counter
-server_update_updates_total{{repo="{repo}",outcome="live"}} {counts["live"]}
-server_update_updates_total{{repo="{repo}",outcome="hook failed"}} {counts["hook failed"]}
-server_update_updates_total{{repo="{repo}",outcome="beneath failed"}} {counts["beneath failed"]}
-server_update_updates_total{{repo="{repo}",outcome="failed"}} {counts["failed"]}
-
-# HELP server_update_updating Whether an update is queued or runs.
-# TYPE server_update_updating gauge
-server_update_updating{{repo="{repo}"}} {int(not now.finished)}
-
-# HELP server_update_last_update_success Whether it ended as live, also beneath.
-# TYPE server_update_last_update_success gauge
-server_update_last_update_success{{repo="{repo}"}} {int(outcome(last) == "live")}
-
-# HELP server_update_last_update_timestamp_seconds When the last update ended.
-# TYPE server_update_last_update_timestamp_seconds gauge
-server_update_last_update_timestamp_seconds{{repo="{repo}"}} {last.finished or 0}
-
-# HELP server_update_last_live_timestamp_seconds When an update went live last.
-# TYPE server_update_last_live_timestamp_seconds gauge
-server_update_last_live_timestamp_seconds{{repo="{repo}"}} {max(lived, default=0)}
-
-# HELP server_update_live_commit_info The commit that is live.
-# TYPE server_update_live_commit_info gauge
-server_update_live_commit_info{{repo="{repo}",commit="{now.commit}"}} 1
-
-# HELP server_update_beneath Slaves beneath, by how the last update ended there.
-# TYPE server_update_beneath gauge
-{lines}""".split("\n\n")
-
-
-def format_metrics(measured):
-    """All that Prometheus is told, of what measure() says of each repository."""
-    lines = [INFO]
-    for family in zip(*measured):
-        # What describes a metric comes once, before all samples of it.
-        lines.extend(dict.fromkeys("\n".join(family).split("\n")))
-    return "\n".join(lines) + "\n"
-
-
-# What the page says that a repository is at, the worst first, and what is to be done about it.
-ADVICE = {
-    "failed": "What was live before still is. Once that is mended:",
-    "beneath failed": "It is live here. To try those beneath again:",
-    "hook failed": "It is live, but its hook has not done all. Once that is mended:",
-    "not there": "Nothing is live. If the name is right, have it made:",
-    "running": "",
-    "queued": "",
-    "live": "",
-}
-MAX_UNFOLDED = 3  # slaves beneath, where there are several repositories
-# The only style that a browser takes is the page's own, by its hash; scripts it takes none.
-PAGE_POLICY = ("default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
-               "style-src 'sha256-EoWbbpTw82LXSgpRn0/G/kcPmhyfMeXGx6pnO8MvRQU='")
-PAGE_HEADERS = (("Content-Security-Policy", PAGE_POLICY), ("X-Content-Type-Options", "nosniff"))
-STYLE = """
-:root {
-  --paper: #fff; --ink: #1c2024; --soft: #60646c; --line: #e2e4e9; --link: #0b5cad;
-  --bad: #b3261e; --bad-paper: #fdf0ee; --busy: #8a5a00; --good: #1a7f37;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --paper: #14171a; --ink: #e6e8eb; --soft: #a3a9b0; --line: #2c3136; --link: #7ab7ff;
-    --bad: #ff9a8f; --bad-paper: #2b1b1a; --busy: #f0c060; --good: #6fd08c;
-  }
-}
-* { box-sizing: border-box; }
-body {
-  margin: 0 auto; padding: 1.5rem 1.25rem; max-width: 100rem; background: var(--paper);
-  color: var(--ink); font: 15px/1.45 system-ui, sans-serif; overflow-wrap: anywhere;
-}
-h1 { margin: 0; font-size: 1.35rem; }
-p { margin: .2rem 0 1.2rem; }
-p, i, em, th { color: var(--soft); font-style: normal; }
-td > i, em { display: block; }
-a { color: var(--link); }
-code { font: .93em ui-monospace, monospace; }
-table { width: 100%; table-layout: fixed; border-collapse: collapse; }
-th { text-align: left; font-size: .85rem; }
-th, td { padding: .45rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top; }
-th.name { width: 15%; }
-th.state { width: 9.6rem; }
-th.commit { width: 6rem; }
-th.ref { width: 11%; }
-th.since { width: 6.8rem; }
-th.by { width: 17%; }
-td.name, td.state { font-weight: 600; }
-.failed .state, .not .state { color: var(--bad); }
-.running .state, .queued .state { color: var(--busy); }
-.live .state { color: var(--good); }
-.failed td, .not td { background: var(--bad-paper); }
-.live em, .running em, .queued em, .bad-0 { display: none; }
-ul { margin: .2rem 0; padding-left: 1.1rem; }
-@media (max-width: 60rem) {
-  body { padding: 1rem .75rem; }
-  thead, td:empty { display: none; }
-  table, tbody { display: block; }
-  tr { display: grid; grid-template-columns: 1fr auto; margin-bottom: .8rem; padding: .4rem 0;
-    border: 1px solid var(--line); }
-  .failed, .not { border-color: var(--bad); background: var(--bad-paper); }
-  td { grid-column: 1 / -1; padding: .1rem .75rem; border: 0; }
-  td::before { content: attr(data-label); margin-right: .5rem; color: var(--soft); }
-  .name, .commit { grid-column: 1; }
-  .state, .since { grid-column: 2; }
-  .commit, .since { grid-row: 2; }
-  .name::before, .state::before, .message::before { content: none; }
-  .state, .since { text-align: right; }
-}
-"""
-
-
-def state_of(now):
-    """Which line of ADVICE a repository is at; `now` is its newest record as it looks now."""
-    if not now.finished:
-        return now.state
-    if not now.commit:
-        return "not there"
-    return outcome(now)
-
-
-def mark_up(value):
-    """Anything as HTML in which nothing is markup, nor moves or hides what is beside it."""
-    return html.escape(escape(str(value or "")))
-
-
-def format_row(now, is_alone):
-    """A row of the page; all is unfolded in one that is alone."""
-    state = state_of(now)
-    bad = now.beneath_bad or []
-    commit = now.commit or ""
-    fold = "open" if is_alone or len(bad) <= MAX_UNFOLDED else ""
-    since = time.gmtime(now.finished or now.started or now.requested)
-    slaves = [f"""
-<li><b>{mark_up(one["slave"])}</b> {mark_up(one["outcome"])} <i>{mark_up(one["message"])}</i>"""
-              for one in bad]
-    return f"""\
-<tr class="{state}">
-<td class="name" data-label="Repository"><a href="?repo={now.repo}">{now.repo}</a></td>
-<td class="state" data-label="State">{state}</td>
-<td class="commit" data-label="Commit" title="{commit}"><code>{commit[:7]}</code></td>
-<td class="ref" data-label="Ref">{mark_up(now.ref)}</td>
-<td class="since" data-label="Since">{time.strftime("%Y-%m-%d %H:%M:%S", since)}</td>
-<td class="by" data-label="By">{mark_up(now.by)}<i>{mark_up(now.note)}</i></td>
-<td class="message">{mark_up(now.message)}
-<em>{ADVICE[state]} <code>server-update {now.repo}</code></em>
-<details class="bad-{len(bad)}" {fold}>
-<summary>Not good, by name: {len(bad)}</summary><ul>{"".join(slaves)}</ul></details></td></tr>
-"""
-
-
-def format_page(records, host):
-    """The page of these repositories, each its newest record as it looks now."""
-    found = {state: [now for now in records if state_of(now) == state] for state in ADVICE}
-    counts = [f"{len(found[state])} {state}" for state in ADVICE if found[state]]
-    summary = ", ".join(counts) or "no repository yet"
-    rows = [format_row(now, len(records) == 1) for state in ADVICE for now in found[state]]
-    return f"""\
-<!DOCTYPE html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="refresh" content="30">
-<title>{summary} \u2013 {mark_up(host)}</title>
-<style>{STYLE}</style>
-<h1>{summary}</h1>
-<p>{mark_up(host)} \u00b7 server-update {VERSION} \u00b7 <a href="?">all</a></p>
-<table>
-<thead><tr><th class="name">Repository<th class="state">State<th class="commit">Commit
-<th class="ref">Ref<th class="since">Since (UTC)<th class="by">By<th class="message">Message
-<tbody>
-{"".join(rows)}</table>"""
-
-
 # -- guard: who may ask for what ---------------------------------------------
 
 def check_time(when, floor):
@@ -1940,7 +1643,6 @@ class Updater:
         self.journal = Journal(join(settings["REPOS_DIR"], ".server-update"))
         self.told_to_stop = False  # set by a signal's handler, which may take no lock
         self.queue = Queue()
-        self.mirrors = Mirrors(self.journal.folder)
         self.update_ended = UpdateEnded(self.journal, self.is_stopping)
         self.relay = None
         if settings["SLAVELIST"]:
@@ -2048,8 +1750,7 @@ class Updater:
         """What slave-activate finds in its environment."""
         environ = dict(os.environ)
         for key in ACTIVATE_SETTINGS:
-            # Of GIT_FROM it wants to know whether it is set, not how that is written.
-            environ["SERVER_UPDATE_" + key] = str(self.setting(key, repo) or "")
+            environ["SERVER_UPDATE_" + key] = str(self.setting(key, repo))
         return environ
 
     def activate(self, record):
@@ -2121,7 +1822,6 @@ class Updater:
             with suppress(OSError):
                 self.take_up(repo)
         self.start_queued()
-        self.mirrors.tend(0 if self.told_to_stop else self.settings["TIMEOUT"])
         if self.told_to_stop:
             with self.journal.changed:
                 self.journal.changed.notify_all()  # who waits for an end hears how it is
@@ -2280,9 +1980,7 @@ class HeaderReader:
 
 def methods_of(path):
     """The methods that a path has."""
-    if path == "/hook" or path.endswith(("/git-upload-pack", "/git-receive-pack")):
-        return "POST"
-    return "GET, HEAD"
+    return "POST" if path == "/hook" else "GET, HEAD"
 
 
 def has_repo(query):
@@ -2335,7 +2033,7 @@ class Connection(http.server.SimpleHTTPRequestHandler):
 
     # What a connection is at. Up to SENDING it waits for its peer, and gives way to a new one
     # before those that are at something later: see Server.drop_one.
-    READING, RECEIVING, RECEIVING_MUCH, SENDING, FOLLOWING, ANSWERING, FETCHING, DROPPED = range(8)
+    READING, RECEIVING, RECEIVING_MUCH, SENDING, FOLLOWING, ANSWERING, DROPPED = range(7)
     MAY_LAST_S = {
         READING: HEADER_TIMEOUT_S,
         RECEIVING: BODY_TIMEOUT_S,
@@ -2472,7 +2170,7 @@ class Connection(http.server.SimpleHTTPRequestHandler):
         if is_large and stages.count(self.stage) > MAX_LARGE_BODIES:
             raise Refusal(503, "too many large bodies", RETRY_LATER)
         body = bytearray()
-        for part in self.receive([length]):
+        for part in self.receive(length):
             for mac in macs:
                 mac.update(part)
             if not is_large:
@@ -2480,28 +2178,27 @@ class Connection(http.server.SimpleHTTPRequestHandler):
         self.enter(self.ANSWERING)
         return bytes(body)
 
-    def receive(self, sizes):
-        """Yields what comes of a body, one piece of these sizes after the other."""
+    def receive(self, size):
+        """Yields a body of that size as it comes; ConnectionError where it is cut off."""
         if "Expect" in self.headers and self.request_version != "HTTP/1.0":
             self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             self.wfile.flush()
-        for size in sizes:
-            while size:
-                part = self.rfile.file.read1(min(size, PART_BYTES))
-                if not part:
-                    raise ConnectionAbortedError("cut off in the middle of a body")
-                size -= len(part)
-                yield part
+        while size:
+            part = self.rfile.file.read1(min(size, PART_BYTES))
+            if not part:
+                raise ConnectionAbortedError("cut off in the middle of a body")
+            size -= len(part)
+            yield part
 
-    def send(self, status, value, *headers, kind="text/plain"):
-        """Sends a whole answer: a text of that kind, or anything else as JSON."""
+    def send(self, status, value, *headers):
+        """Sends a whole answer: a text, or anything else as JSON."""
+        kind = "text/plain"
         if not isinstance(value, str):
             kind = "application/json"
             value = json.dumps(value)
         body = value.encode("utf-8") + b"\n"
         self.send_response(status)
         self.send_header("Content-Type", kind)
-        self.send_header("Vary", "Accept")  # what is told at /status depends on it
         self.send_header("Content-Length", str(len(body)))
         for header in headers:
             self.send_header(*header)
@@ -2515,110 +2212,7 @@ class Connection(http.server.SimpleHTTPRequestHandler):
         super().end_headers()
 
 
-def unpack(parts):
-    """Yields what gzip had packed, in parts of PART_BYTES at most; Refusal where it is bad."""
-    unpacker = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
-    for part in parts:
-        while part:
-            try:
-                yield unpacker.decompress(part, PART_BYTES)
-            except zlib.error:
-                raise Refusal(400, "bad gzip")
-            part = unpacker.unconsumed_tail
-
-
-class GitHandler(Connection):
-    """What GIT_FROM may ask for: to clone and to fetch, by git's smart HTTP."""
-
-    def answer_git(self, path, query):
-        """Answers what is asked of upload-pack, and nothing else."""
-        guard = self.server.guard
-        if not guard.is_from("GIT_FROM", self.client_address[0]):
-            raise Refusal(403, "no clones from this address; see GIT_FROM")
-        match = GIT_RE.fullmatch(f"{path}?{query}")
-        if not match:
-            raise Refusal(404, "no such path")
-        repo, kind = match.groups()
-        guard.check_repo(repo)
-        if kind == "receive":
-            raise Refusal(403, "it may only be read")
-        protocol = self.headers.get("Git-Protocol")
-        # As git does with what it doesn't know.
-        if protocol not in GIT_PROTOCOLS:
-            protocol = "version=0"
-        body = self.read_git_body()
-        self.enter(self.FETCHING)
-        answer = None
-        while not answer:
-            answer = self.server.updater.mirrors.ask(self, repo, protocol, body)
-            if not answer:
-                self.wait_a_moment()
-        try:
-            self.send_answer(answer)
-        finally:
-            answer.readers.discard(self)
-
-    def wait_a_moment(self):
-        time.sleep(POLL_S)
-        self.check_peer()
-
-    def read_git_body(self):
-        """The body of a request, unpacked; nothing where there is none."""
-        if self.command != "POST":
-            return b""
-        self.enter(self.RECEIVING)
-        parts = self.receive(self.body_sizes())
-        if self.headers.get("Content-Encoding") in ("gzip", "x-gzip"):
-            parts = unpack(parts)
-        body = bytearray()
-        for part in parts:
-            body += part
-            if len(body) > MAX_GIT_BODY_BYTES:
-                raise Refusal(413, f"a request of more than {MAX_GIT_BODY_BYTES} bytes")
-        return bytes(body)
-
-    def body_sizes(self):
-        """Yields the size of the body, or of each chunk that it comes in: RFC 9112."""
-        if "Transfer-Encoding" not in self.headers:
-            yield self.body_length()
-            return
-        size = None
-        while size != 0:
-            match = CHUNK_RE.fullmatch(self.rfile.file.readline(MAX_LINE_BYTES))
-            if not match:
-                raise Refusal(400, "bad chunk")
-            size = int(match.group(1), 16)
-            yield size
-            self.rfile.file.readline(MAX_LINE_BYTES)
-
-    def send_answer(self, answer):
-        """Sends what git answers as it comes; its end is told only where that is whole."""
-        kind = {"POST": "result"}.get(self.command, "advertisement")
-        is_chunked = self.request_version != "HTTP/1.0"
-        self.send_response(200)
-        self.send_header("Content-Type", f"application/x-git-upload-pack-{kind}")
-        self.send_header("Cache-Control", "no-cache")
-        if is_chunked:
-            self.send_header("Transfer-Encoding", "chunked")
-        self.end_headers()
-        sent = 0
-        part = None
-        while part != b"" and self.command != "HEAD":
-            status = answer.process.poll()
-            part = os.pread(answer.file.fileno(), PART_BYTES, sent)
-            sent += len(part)
-            if not part and status is None:
-                self.wait_a_moment()
-                part = None
-            elif not part and status != 0:
-                raise ConnectionAbortedError("git upload-pack has failed")
-            elif is_chunked:
-                self.wfile.write(b"%x\r\n%b\r\n" % (len(part), part))
-            else:
-                self.wfile.write(part)
-
-
-class Handler(GitHandler):
+class Handler(Connection):
     """What is asked, and what is answered, by http.server's flow: do_GET, do_HEAD."""
 
     def do_GET(self):
@@ -2627,12 +2221,10 @@ class Handler(GitHandler):
             self.send(200, "ok")
         elif self.route in ("", "/") and not has_repo(self.query):
             self.answer_front(self.server.served_file)
-        elif self.route.startswith("/git/"):
-            self.answer_git(self.route, self.query)
         else:
             guard = self.server.guard
             is_viewer = guard.is_from("VIEW_FROM", self.client_address[0])
-            if not is_viewer or self.route not in ("/status", "/metrics"):
+            if not is_viewer or self.route != "/status":
                 self.check_signature()
             self.answer(**parse_query(self.query))
 
@@ -2658,8 +2250,6 @@ class Handler(GitHandler):
             self.server.guard.check_repo(repo)
         if self.route == "/status":
             self.answer_status(repo, **others)
-        elif self.route == "/metrics":
-            self.answer_metrics()
         elif self.route not in ("", "/", "/get", "/get/", "/hook"):
             raise Refusal(404, "no such path")
         elif repo is None:
@@ -2710,22 +2300,13 @@ class Handler(GitHandler):
     def answer_status(self, repo, update=None, wait="0", history="0", **_):
         """One repository's record, once it has ended or `wait` seconds are over; or all."""
         if repo is None:
-            records = self.look_at_all()
-        else:
-            self.enter(self.FOLLOWING)
-            records = [self.follow(repo, update, float(wait))]
-        # What is liked best comes first, as all clients have it.
-        liked = self.headers.get("Accept", "").partition("application/json")[0]
-        if repo and history == "1":
-            updates = self.server.updater.history(repo)
-            self.send(200, {"repo": repo, "updates": updates})
-        elif "text/html" in liked:
-            page = format_page(records, self.headers.get("Host", ""))
-            self.send(200, page, *PAGE_HEADERS, kind="text/html; charset=utf-8")
-        elif repo:
-            self.send(200, told(records[0]))
-        else:
-            self.send(200, self.tell_all(records))
+            self.send(200, self.tell_all())
+            return
+        self.enter(self.FOLLOWING)
+        answer = told(self.follow(repo, update, float(wait)))
+        if history == "1":
+            answer = {"repo": repo, "updates": self.server.updater.history(repo)}
+        self.send(200, answer)
 
     def follow(self, repo, update, wait_s):
         """The record of an update, or the newest one, once it has ended or the time is over."""
@@ -2740,30 +2321,20 @@ class Handler(GitHandler):
             raise Refusal(404, "no such update was asked for here")
         return record
 
-    def look_at_all(self):
-        """The newest record of each repository as it looks now."""
+    def tell_all(self):
+        """What is told of all repositories; in short of those with nothing live, if it is much."""
         updater = self.server.updater
         # A copy, as the journal goes on meanwhile.
         names = updater.journal.unread.union(updater.journal.records.copy())
-        return [record for record in map(updater.status, sorted(names)) if record]
-
-    def tell_all(self, records):
-        """What is told of all repositories; in short of those with nothing live, if it is much."""
+        looked = [record for record in map(updater.status, sorted(names)) if record]
         # Who is bad beneath is told of one repository at a time.
-        repos = {record.repo: told(record) for record in records}
-        for fields in repos.values():
-            fields["beneath_bad"] = None
+        repos = {record.repo: told(record._replace(beneath_bad=None)) for record in looked}
         # Strangers may have asked for a thousand names, each with a long note.
         if len(json.dumps(repos)) > MAX_STATUS_BYTES:
             for fields in repos.values():
                 if not fields["commit"]:
                     fields.update(message="", by=None, note=None)
         return {"version": VERSION, "repos": repos}
-
-    def answer_metrics(self):
-        looked = [now for now in self.look_at_all() if now.commit]
-        measured = [measure(now, self.server.updater.records(now.repo)) for now in looked]
-        self.send(200, format_metrics(measured), kind="text/plain; version=0.0.4; charset=utf-8")
 
     def answer_front(self, served):
         """The served file, or where there is none a word about what this is."""
@@ -2881,8 +2452,7 @@ class Server(http.server.ThreadingHTTPServer):
     def process_request(self, request, client_address):
         """Has a thread serve a new connection; RuntimeError, MemoryError where there is none."""
         # There is always room for a new one, or silent ones could shut everybody out.
-        most = MAX_GIT_CONNECTIONS if self.guard.settings["GIT_FROM"] else MAX_CONNECTIONS
-        room = max_connections(most) - len(self.handlers)
+        room = max_connections() - len(self.handlers)
         if room <= 0:
             self.drop_one()
         # Those that were dropped are closed by their threads, which may need a moment for it.
@@ -2922,11 +2492,11 @@ class Server(http.server.ThreadingHTTPServer):
             self.throttle.log(f"connection of {client_address[0]}: {error!r}")
 
 
-def max_connections(most):
+def max_connections():
     """So many connections that files are left for all else."""
     # The limit may be changed from outside at any time.
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return max(1, min(most, files - RESERVED_FILES))
+    return max(1, min(MAX_CONNECTIONS, files - RESERVED_FILES))
 
 
 def any_address():

@@ -53,7 +53,7 @@ TOOLS = [
     ("python-with-flask", "-c", FLASK),
 ]
 HERE = os.path.dirname(os.path.abspath(__file__))
-ROW_ORDER = ["update", "given", "fanout", "daemon", "fleet", "at_once", "prompt", "seen"]
+ROW_ORDER = ["update", "given", "fanout", "daemon", "fleet", "at_once", "prompt"]
 
 # metric: what its column is called, how a value is written
 METRICS = {

@@ -103,8 +103,7 @@ def test_records_survive_the_file():
     )
     data = slave.Records.encode(records)
     # What has been counted since the slave began is not remembered.
-    assert records.counts == {"failed": 1}
-    assert slave.decode_records("hanuman", data) == records._replace(counts={})
+    assert slave.decode_records("hanuman", data) == records
     assert list(json.loads(data.decode()))[:16] == list(slave.TOLD)
 
 
@@ -397,7 +396,6 @@ def test_defaults(tmp_path, monkeypatch):
         "SLAVELIST": None,
         "RELAY_OPTIONS": None,
         "VIEW_FROM": None,
-        "GIT_FROM": None,
         "TLS_CERT": None,
         "TLS_KEY": None,
     }
