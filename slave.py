@@ -279,7 +279,7 @@ STDERR = Stderr()
 def log(text):
     """Writes a line to stderr, in one write, so that the lines of threads never mix."""
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ ", time.gmtime())
-    line = now + escape(USER_RE.sub("", text)) + "\n"
+    line = f"{now}{escape(USER_RE.sub('', text))}\n"
     with suppress(OSError):  # nobody reads the log: no reason to stop updating
         STDERR.write(line.encode("utf-8", "backslashreplace"))
 
@@ -463,7 +463,7 @@ def read_given(environ, options):
     values = {}
     given = {**environ, **options}
     for key in SETTINGS:
-        for name in ("SERVER_UPDATE_" + key, option_name(key)):
+        for name in (f"SERVER_UPDATE_{key}", option_name(key)):
             if given.get(name):
                 text = given[name].strip()
                 values[key] = parse_setting(key, text, after=f" (set by {name})")
@@ -476,8 +476,8 @@ def read_settings(environ, options, folder=CONFIG_FOLDER):
     `folder` has what no setting names, and is itself the value of CONFIG. ValueError, OSError."""
     values = {key: parse_setting(key, setting.default) for key, setting in SETTINGS.items()}
     values["CONFIG"] = folder
-    values["HOOKS_DIR"] = join(folder, "hooks")
-    path = join(folder, "slave.conf")
+    values["HOOKS_DIR"] = f"{folder}/hooks"
+    path = f"{folder}/slave.conf"
     named = environ.get("SERVER_UPDATE_CONF")
     if named or not is_absent(path):
         values.update(read_conf(named or path))
@@ -802,7 +802,7 @@ class Journal:
             return
         except Exception as error:  # whatever it is, it must not stop the others
             with suppress(OSError):
-                os.rename(path, path + ".broken")
+                os.rename(path, f"{path}.broken")
             log(f"{path} is broken, kept as {repo}.json.broken: {error!r}")
         self.unread.discard(repo)
 
@@ -908,7 +908,7 @@ def is_emptied(tree):
     if names != [".git"]:
         return not names
     try:
-        index = read_file(join(tree, ".git/index"))
+        index = read_file(f"{tree}/.git/index")
     except OSError:
         return False
     return index[8:12] > bytes(4)  # the number of its entries: gitformat-index(5)
@@ -1264,7 +1264,7 @@ class Beneath:
                 self.add_bad(fields, "")
             # A relay's own are named after it.
             for below in fields.get("beneath_bad", ()):
-                self.add_bad(below, fields["slave"] + " > ")
+                self.add_bad(below, f"{fields['slave']} > ")
 
     def add_bad(self, fields, above):
         bad = {key: fields[key][:MAX_MESSAGE_CHARS]
@@ -1299,7 +1299,7 @@ def add_beneath(changes, beneath):
     """The changes to a record with those of what is beneath, which the message says in words."""
     sums = [f"{count} {outcome}"
             for outcome, count in beneath["beneath"].items()]
-    words = [changes["message"], "beneath: " + ", ".join(sums)]
+    words = [changes["message"], f"beneath: {', '.join(sums)}"]
     # Where nothing was begun somebody has to know why.
     if list(beneath["beneath"]) == ["not started"] and not changes["message"]:
         words.append(beneath["beneath_bad"][0]["message"])
@@ -1509,7 +1509,7 @@ class UpdateEnded:
         """Runs it; what a stop ends, or keeps from beginning, is for the next start."""
         if self.is_stopping():
             return
-        name = record.repo + ": update-ended"
+        name = f"{record.repo}: update-ended"
         # With the names of the first that are bad beneath.
         names = ", ".join(bad["slave"] for bad in (record.beneath_bad or [])[:MAX_NAMES])
         message = record.message + (names and f" ({names})")
@@ -1529,8 +1529,8 @@ class UpdateEnded:
 def make_relay_id(path):
     """The id of a relay in its file, which is made once."""
     if is_absent(path):
-        write_synced(path + ".new", os.urandom(8).hex().encode("ascii"))
-        os.rename(path + ".new", path)
+        write_synced(f"{path}.new", os.urandom(8).hex().encode("ascii"))
+        os.rename(f"{path}.new", path)
     return read_file(path).decode("ascii")
 
 
@@ -1551,7 +1551,7 @@ class Relay:
         self.settings = settings
         self.slavelist = settings["SLAVELIST"]
         self.is_stopping = is_stopping
-        self.id = make_relay_id(join(folder, "relay-id"))
+        self.id = make_relay_id(f"{folder}/relay-id")
         # What a slave.py that was killed has begun would go on beside what comes now.
         end_marked(b"SERVER_UPDATE_VIA=[0-9a-f,]*%s\0" % self.id.encode("ascii"))
         log(f"{self.count()} slaves beneath, of {self.slavelist}")
@@ -1568,7 +1568,7 @@ class Relay:
         done = subprocess.run(command, capture_output=True, timeout=LIST_TIMEOUT_S)
         if done.returncode:
             words = done.stderr.decode("utf-8", "replace").split("server-update: ")
-            raise ValueError("SLAVELIST or RELAY_OPTIONS: " + words[-1].strip())
+            raise ValueError(f"SLAVELIST or RELAY_OPTIONS: {words[-1].strip()}")
         return done.stdout.count(b"\n")
 
     def not_started(self, why, listed=None):
@@ -1587,11 +1587,11 @@ class Relay:
         via = ",".join(filter(None, (record.via, self.id)))
         environ = dict(os.environ)
         for key, text in (("BY", record.by), ("NOTE", record.note), ("VIA", via)):
-            environ["SERVER_UPDATE_" + key] = (text or "").encode("utf-8")
+            environ[f"SERVER_UPDATE_{key}"] = (text or "").encode("utf-8")
         beneath = Beneath()
         try:
             command = self.command("--json", record.repo, *refs, "--commit", commit)
-            run = Run(record.repo + ": beneath", command, environ,
+            run = Run(f"{record.repo}: beneath", command, environ,
                       Lines(MAX_JSON_BYTES, beneath.take).add)
         except OSError as error:
             return self.not_started(f"can't run {error}")
@@ -1640,7 +1640,7 @@ class Updater:
         self.settings = settings
         self.hooks = Hooks(settings)
         self.command = command  # slave-activate's path
-        self.journal = Journal(join(settings["REPOS_DIR"], ".server-update"))
+        self.journal = Journal(f"{settings['REPOS_DIR']}/.server-update")
         self.told_to_stop = False  # set by a signal's handler, which may take no lock
         self.queue = Queue()
         self.update_ended = UpdateEnded(self.journal, self.is_stopping)
@@ -1658,7 +1658,7 @@ class Updater:
 
     def tree(self, repo):
         """Where a repository's clone is, or would be."""
-        return join(self.settings["REPOS_DIR"], repo)
+        return f"{self.settings['REPOS_DIR']}/{repo}"
 
     def take_up(self, repo):
         """Queues what was queued or running when the slave ended; OSError: it can't be read."""
@@ -1750,7 +1750,7 @@ class Updater:
         """What slave-activate finds in its environment."""
         environ = dict(os.environ)
         for key in ACTIVATE_SETTINGS:
-            environ["SERVER_UPDATE_" + key] = str(self.setting(key, repo))
+            environ[f"SERVER_UPDATE_{key}"] = str(self.setting(key, repo))
         return environ
 
     def activate(self, record):
@@ -1784,13 +1784,13 @@ class Updater:
                 changes["commit"] = read_live_commit(self.tree(repo))
             if self.relay:
                 changes.update(self.relay.not_started(changes["message"]))
-        hook = join(self.setting("HOOKS_DIR", repo), "update-ended")
+        hook = f"{self.setting('HOOKS_DIR', repo)}/update-ended"
         if lexists(hook):
             changes["untold"] = hook
         records = self.journal.commit(repo, Records.finish, update, changes, time.time())
         done = records.find(update)
         self.update_ended.add(done)
-        message = done.message and ": " + done.message
+        message = done.message and f": {done.message}"
         log(f"{repo}: update {update} {outcome(done)} after {done.finished - done.started:.1f} s, "
             f"live is {done.commit or 'nothing'}{message}")
         if done.state == "failed":
@@ -1990,7 +1990,7 @@ def has_repo(query):
 PARAMETERS = {
     "repo": is_repo_name,
     "ref": is_ref,
-    "commit": re.compile("(?i)" + HASH_RE.pattern).fullmatch,
+    "commit": re.compile(f"(?i){HASH_RE.pattern}").fullmatch,
     "by": is_note,
     "note": is_note,
     "via": VIA_RE.fullmatch,
@@ -2349,7 +2349,7 @@ class Handler(Connection):
             self.enter(self.SENDING)
             # http.server answers for this very file, whatever its name leads to by now.
             self.path = f"/proc/self/fd/{file.fileno()}"
-            getattr(super(), "do_" + self.command)()
+            getattr(super(), f"do_{self.command}")()
 
     def copyfile(self, source, outputfile):
         """Sends a file at any speed its peer has, as long as it takes something now and then."""
@@ -2638,7 +2638,7 @@ def make_parser():
         default = f" ({setting.default})" if setting.default else ""
         parser.add_argument(name, dest=name, metavar=key, help=setting.help + default)
     parser.add_argument("--hook-key", metavar="NAME [REF]", help="print a forge's key, no more")
-    parser.add_argument("--version", action="version", version="slave.py " + VERSION)
+    parser.add_argument("--version", action="version", version=f"slave.py {VERSION}")
     return parser
 
 
