@@ -509,7 +509,7 @@ TOLD = Record._fields[:16]
 
 def told(record):
     """What /status tells of a record."""
-    return {key: getattr(record, key) for key in TOLD}
+    return dict(zip(TOLD, record))
 
 
 def outcome(record):
@@ -523,21 +523,14 @@ def outcome(record):
     return "live"
 
 
-def next_update_id(newest, now):
-    """Milliseconds since 1970, but always more than the id of `newest`, a Record or None."""
-    before = newest.update if newest else 0
-    return max(int(now * 1000), before + 1)
-
-
 class Records(namedtuple("Records", "ended running queued", defaults=((), None, None))):
     """What is remembered of one repository's updates, oldest first; nothing here changes it."""
 
     def all(self):
-        unfinished = [record for record in (self.running, self.queued) if record]
-        return [*self.ended, *unfinished]
+        return [*self.ended, *filter(None, (self.running, self.queued))]
 
     def newest(self):
-        return self.all()[-1] if self.all() else None
+        return next(reversed(self.all()), None)
 
     def find(self, update):
         """The record of an update, or of the newer one in its place, or None."""
@@ -549,17 +542,15 @@ class Records(namedtuple("Records", "ended running queued", defaults=((), None, 
     def accept(self, repo, ref, now, asked):
         """An update is queued, in place of one that is; `asked` are further fields of it."""
         newest = self.newest()
-        update = next_update_id(newest, now)
+        update = int(now * 1000)
+        if newest:
+            update = max(update, newest.update + 1)
+            # Until it starts, what is live is what the update before it left.
+            asked = dict(asked, commit=newest.commit)
         record = Record(repo, update, ref, "queued", requested=now, first=update, **asked)
-        # Until it starts, what is live is what the update before it left.
-        record = record._replace(commit=newest and newest.commit)
-        return self._replace(queued=record).keep_first(self.queued)
-
-    def keep_first(self, replaced):
-        """The queued update has taken the place of another, a Record or None."""
-        if not replaced:
-            return self
-        return self._replace(queued=self.queued._replace(first=replaced.first))
+        if self.queued:
+            record = record._replace(first=self.queued.first)
+        return self._replace(queued=record)
 
     def start(self, live, now):
         """The queued update runs; `live` is the commit that is live before it."""
@@ -598,9 +589,8 @@ class Records(namedtuple("Records", "ended running queued", defaults=((), None, 
 
     def requeue(self, **changes):
         """What runs is queued again, with these changes, or what is queued takes its place."""
-        if self.queued:
-            return self._replace(running=None).keep_first(self.running)
-        again = self.running._replace(state="queued", started=None, **changes)
+        again = self.queued or self.running._replace(state="queued", started=None, **changes)
+        again = again._replace(first=self.running.first)
         return self._replace(queued=again, running=None)
 
     def forget(self):
@@ -663,7 +653,7 @@ def decode_record(repo, fields):
     known = {key: fields[key] for key in Record._fields if key in fields}
     record = Record(**known)
     # A newer version may be at more than this one knows: what it was at is begun again.
-    if record.state not in ("queued", "running", "live", "failed") and not record.finished:
+    if record.state not in ("queued", "live", "failed") and not record.finished:
         record = record._replace(state="running")
     check_record(repo, record)
     return record._replace(update=int(record.update))
