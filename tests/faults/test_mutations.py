@@ -184,7 +184,7 @@ def test_the_suite_catches(mutation, tmp_path):
 
 
 def test_mutations_are_many_and_touch_every_script():
-    assert len(MUTATIONS) >= 33
+    assert len(MUTATIONS) >= 32
     assert {mutation.scenario for mutation in MUTATIONS} == set(scenarios.SCENARIOS)
     assert {mutation.script for mutation in MUTATIONS} == set(SCRIPTS)
 
