@@ -127,7 +127,6 @@ MAX_LARGE_BODIES = 4  # at once
 # Clones from here
 MIN_FREE_BYTES = 128 << 20  # on the disk, for all else
 KEEP_ANSWER_S = 60  # for those who ask the same a little later
-PART_BYTES = 65536  # that are read, unpacked and sent in one go
 CHUNK_RE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(;.*)?\r?\n")  # RFC 9112
 
 # Signatures
@@ -1968,11 +1967,6 @@ class HeaderReader:
         self.file.close()
 
 
-def methods_of(path):
-    """The methods that a path has."""
-    return "POST" if path == "/hook" else "GET, HEAD"
-
-
 def has_repo(query):
     return re.search("(^|&)repo(=|&|$)", query) is not None
 
@@ -2113,7 +2107,8 @@ class Connection(http.server.SimpleHTTPRequestHandler):
         if not super().parse_request():
             return False
         self.enter(self.ANSWERING)
-        self.route, _, self.query = ORIGIN_RE.sub("", self.target()).partition("?")
+        target = self.requestline.split()[1]
+        self.route, _, self.query = ORIGIN_RE.sub("", target).partition("?")
         is_read = self.command in ("GET", "HEAD")
         # A body is the last of a connection: what nobody reads is never taken for a request.
         has_body = "Content-Length" in self.headers or "Transfer-Encoding" in self.headers
@@ -2121,14 +2116,10 @@ class Connection(http.server.SimpleHTTPRequestHandler):
             self.close_connection = True
         if self.route != "/healthz" or not is_read:
             self.server.guard.check_address(self.client_address[0])
-        methods = methods_of(self.route)
+        methods = "POST" if self.route == "/hook" else "GET, HEAD"
         if self.command not in methods.split(", "):
             raise Refusal(405, f"only {methods}", ("Allow", methods))
         return True
-
-    def target(self):
-        """What is asked for as it was sent, which is what is signed."""
-        return self.requestline.split()[1]
 
     def send_error(self, code, message=None, explain=None):
         """What http.server itself refuses; its messages quote the request, so they go nowhere."""
@@ -2153,32 +2144,27 @@ class Connection(http.server.SimpleHTTPRequestHandler):
 
     def read_body(self, macs):
         """The body, or nothing of a large one; all of it is part of what these MACs are of."""
-        length = self.body_length()
-        is_large = length > MAX_READ_BODY_BYTES
+        left = self.body_length()
+        is_large = left > MAX_READ_BODY_BYTES
         self.enter(self.RECEIVING_MUCH if is_large else self.RECEIVING)
         stages = [one.stage for one in list(self.server.handlers)]
         if is_large and stages.count(self.stage) > MAX_LARGE_BODIES:
             raise Refusal(503, "too many large bodies", RETRY_LATER)
+        if "Expect" in self.headers and self.request_version != "HTTP/1.0":
+            self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.wfile.flush()
         body = bytearray()
-        for part in self.receive(length):
+        while left:
+            part = self.rfile.file.read1(min(left, 65536))
+            if not part:
+                raise ConnectionAbortedError("cut off in the middle of a body")
+            left -= len(part)
             for mac in macs:
                 mac.update(part)
             if not is_large:
                 body += part
         self.enter(self.ANSWERING)
         return bytes(body)
-
-    def receive(self, size):
-        """Yields a body of that size as it comes; ConnectionError where it is cut off."""
-        if "Expect" in self.headers and self.request_version != "HTTP/1.0":
-            self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            self.wfile.flush()
-        while size:
-            part = self.rfile.file.read1(min(size, PART_BYTES))
-            if not part:
-                raise ConnectionAbortedError("cut off in the middle of a body")
-            size -= len(part)
-            yield part
 
     def send(self, status, value, *headers):
         """Sends a whole answer: a text, or anything else as JSON."""
@@ -2222,6 +2208,7 @@ class Handler(Connection):
     do_POST = do_GET
 
     def check_signature(self):
+        """Refusal unless the request is signed, where it has to be; or a hook's has a proof."""
         guard = self.server.guard
         if self.route == "/hook":
             # Whether a forge's proof is right is known after its body: see answer_hook.
@@ -2231,8 +2218,9 @@ class Handler(Connection):
                 raise Refusal(401, "proof missing or wrong")
             return
         signatures = self.headers.get_all("X-Server-Update-Signature", [])
-        now = int(time.time())
-        self.signed_at = guard.check_signature(signatures, self.command, self.target(), now)
+        # As it was sent, which is what is signed.
+        target = self.requestline.split()[1]
+        self.signed_at = guard.check_signature(signatures, self.command, target, int(time.time()))
 
     def answer(self, repo=None, **others):
         """Answers what only who may ask gets an answer to."""
@@ -2289,27 +2277,23 @@ class Handler(Connection):
 
     def answer_status(self, repo, update=None, wait="0", history="0", **_):
         """One repository's record, once it has ended or `wait` seconds are over; or all."""
+        updater = self.server.updater
         if repo is None:
             self.send(200, self.tell_all())
             return
-        self.enter(self.FOLLOWING)
-        answer = told(self.follow(repo, update, float(wait)))
-        if history == "1":
-            answer = {"repo": repo, "updates": self.server.updater.history(repo)}
-        self.send(200, answer)
-
-    def follow(self, repo, update, wait_s):
-        """The record of an update, or the newest one, once it has ended or the time is over."""
-        updater = self.server.updater
         if repo in updater.journal.unread:
             raise Refusal(503, "its record can't be read", RETRY_LATER)
+        self.enter(self.FOLLOWING)
         if update is not None:
             update = int(update)
-        updater.wait_for_end(repo, update, min(wait_s, MAX_WAIT_S), self.check_peer)
+        updater.wait_for_end(repo, update, min(float(wait), MAX_WAIT_S), self.check_peer)
         record = updater.status(repo, update)
         if not record:
             raise Refusal(404, "no such update was asked for here")
-        return record
+        answer = told(record)
+        if history == "1":
+            answer = {"repo": repo, "updates": updater.history(repo)}
+        self.send(200, answer)
 
     def tell_all(self):
         """What is told of all repositories; in short of those with nothing live, if it is much."""
