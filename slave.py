@@ -903,12 +903,16 @@ def is_emptied(tree):
     return index[8:12] > bytes(4)  # the number of its entries: gitformat-index(5)
 
 
-def read_ref(git, name):
-    """What a ref of a .git folder says; nothing where no file does. All is bytes."""
-    try:
-        return read_file(join(git, name)).strip()
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        return b""
+def read_head(git):
+    """The commit of HEAD in a .git folder as plain files tell it; nothing where they don't."""
+    text = "ref: HEAD"
+    for _ in range(3):  # HEAD, the branch, or that by way of another
+        if text.startswith("ref: "):
+            try:
+                text = os.fsdecode(read_file(f"{git}/{text[5:]}")).strip()
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                return ""
+    return text
 
 
 def git_environ():
@@ -920,24 +924,20 @@ def ask_git(git):
     """The commit of HEAD as git tells it, however refs are kept; nothing where there is none."""
     command = ["git", "--git-dir", git, "rev-parse", "-q", "--verify", "HEAD^{commit}"]
     done = subprocess.run(command, env=git_environ(), timeout=GIT_TIMEOUT_S, capture_output=True)
-    return done.stdout.strip()
+    return done.stdout.decode("ascii", "replace").strip()
 
 
 def read_live_commit(tree):
     """The commit that is checked out in a clone; None: there is none. It never waits for long."""
-    git = join(os.fsencode(tree), b".git")
-    text = b"ref: HEAD"
+    git = f"{tree}/.git"
     try:
         if is_emptied(tree):
             return None
-        for _ in range(3):  # HEAD, the branch, or that by way of another
-            if text.startswith(b"ref: "):
-                text = read_ref(git, text[len(b"ref: "):])
-        if not HASH_RE.fullmatch(text.decode("ascii", "replace")):
-            text = ask_git(git)
+        commit = read_head(git)
+        if not HASH_RE.fullmatch(commit):
+            commit = ask_git(git)
     except (OSError, ValueError, subprocess.SubprocessError):  # ValueError: a path with a NUL
         return None
-    commit = text.decode("ascii", "replace")
     return commit if HASH_RE.fullmatch(commit) else None
 
 
