@@ -238,17 +238,12 @@ class Refusal(Exception):
     more = {}  # further fields of the answer
 
 
-def escape_char(char):
-    if char.isprintable():
-        return char
-    return char.encode("unicode_escape").decode("ascii")
-
-
 def escape(text):
     """`text` with all that could move a cursor or begin a line written as an escape."""
-    if text.isprintable():
-        return text
-    return "".join(map(escape_char, text))
+    for char in set(text):
+        if not char.isprintable():
+            text = text.replace(char, char.encode("unicode_escape").decode("ascii"))
+    return text
 
 
 def reason(error):
@@ -291,30 +286,28 @@ def start_thread(function, *args):
 
 
 class Throttle:
-    """Has so many lines a second logged, and counts the others."""
+    """Has so many lines a second logged, and counts the others.
+
+    No lock: where threads meet a line more or less is counted, and no harm is done."""
 
     def __init__(self, most):
-        self.lock = threading.Lock()
         self.most = most
         self.second = None  # that is being counted
         self.lines = 0  # in it
 
     def log(self, text):
         self.tell(int(monotonic()))
-        with self.lock:
-            self.lines += 1
-            if self.lines > self.most:
-                return
-        log(text)
+        self.lines += 1
+        if self.lines <= self.most:
+            log(text)
 
     def tell(self, second=None):
         """Begins a new second, unless it is that of before; says how many were left out in it."""
-        with self.lock:
-            if second == self.second:
-                return
-            left_out = self.lines - self.most
-            self.second = second
-            self.lines = 0
+        if second == self.second:
+            return
+        left_out = self.lines - self.most
+        self.second = second
+        self.lines = 0
         if left_out > 0:
             log(f"{left_out} more like these were left out")
 
@@ -347,12 +340,12 @@ def parse_path(text):
     return path
 
 
-def parse_number(text, least, most):
+def parse_port(text):
     # int() takes blanks, signs and all of Unicode's digits.
-    number = int(matching("[0-9]+", text))
-    if not least <= number <= most:
+    port = int(matching("0*[0-9]{1,5}", text))
+    if port > 65535:
         raise ValueError(text)
-    return number
+    return port
 
 
 def parse_networks(text):
@@ -375,8 +368,8 @@ def parse_globs(text):
 PARSERS = {
     "url": parse_base_url,
     "path": parse_path,
-    "port": lambda text: parse_number(text, 0, 65535),
-    "time": lambda text: parse_number(text, 1, 999999),
+    "port": parse_port,
+    "time": lambda text: int(matching("0*[1-9][0-9]{0,5}", text)),
     "ip": ipaddress.ip_address,
     "yesno": lambda text: matching("yes|no", text),
     "nets": parse_networks,
@@ -416,12 +409,6 @@ def option_name(key):
     return "--" + key.lower().replace("_", "-")
 
 
-def is_setting(key):
-    """Whether a line of the settings file may begin with KEY or KEY.NAME."""
-    name, _, repo = key.partition(".")
-    return key in SETTINGS or name in OWN_SETTINGS and is_repo_name(repo)
-
-
 def parse_setting(key, text, before="", after=""):
     """A setting's value; None where there is no text. The two others tell where it is from."""
     if not text:
@@ -446,7 +433,9 @@ def read_conf(path):
             key, equals, text = map(str.strip, line.partition("="))
             if not equals:
                 raise ValueError(f"{where}no '=' in '{escape(key)}'")
-            if not is_setting(key):
+            # KEY may be that of all repositories, or KEY.NAME.
+            name, _, repo = key.partition(".")
+            if key not in SETTINGS and not (name in OWN_SETTINGS and is_repo_name(repo)):
                 raise ValueError(f"{where}unknown setting '{escape(key)}'")
             # Without the quotes around it that sh would take away as well.
             text = re.sub("^(['\"])(.*)\\1$", r"\2", text)
@@ -457,33 +446,25 @@ def read_conf(path):
     return values
 
 
-def read_given(environ, options):
-    """{KEY: value} of what the environment or, before that, an option gives; ValueError."""
-    values = {}
-    given = {**environ, **options}
-    for key in SETTINGS:
-        for name in (f"SERVER_UPDATE_{key}", option_name(key)):
-            if given.get(name):
-                text = given[name].strip()
-                values[key] = parse_setting(key, text, after=f" (set by {name})")
-    return values
-
-
 def read_settings(environ, options, folder=CONFIG_FOLDER):
     """{KEY: value}, {KEY.NAME: value} too; options win over SERVER_UPDATE_*, these over the file.
 
     `folder` has what no setting names, and is itself the value of CONFIG. ValueError, OSError."""
     values = {key: parse_setting(key, setting.default) for key, setting in SETTINGS.items()}
-    values["CONFIG"] = folder
     values["HOOKS_DIR"] = f"{folder}/hooks"
     path = f"{folder}/slave.conf"
     named = environ.get("SERVER_UPDATE_CONF")
     if named or not is_absent(path):
         values.update(read_conf(named or path))
-    given = read_given(environ, options)
+    given = {**environ, **options}
     # A value for one repository gives way to one of the environment or an option, too.
     for key in values:
-        values[key] = given.get(key.partition(".")[0], values[key])
+        general = key.partition(".")[0]
+        for name in (f"SERVER_UPDATE_{general}", option_name(general)):
+            if given.get(name):
+                text = given[name].strip()
+                values[key] = parse_setting(general, text, after=f" (set by {name})")
+    values["CONFIG"] = folder
     # A certificate may have its key in the same file; a key alone certifies nothing.
     if values["TLS_KEY"] and not values["TLS_CERT"]:
         raise ValueError("TLS_KEY is set, but TLS_CERT is not")
@@ -2489,8 +2470,7 @@ def handle_signals(signals, handler):
 
 def tell_ready(address):
     """Tells the service manager at $NOTIFY_SOCKET, if there is one: sd_notify(3)."""
-    if not address:
-        return
+    # Nobody listens at "".
     with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.settimeout(1)
         manager.connect(re.sub("^@", "\0", address))
@@ -2519,9 +2499,8 @@ def serve(options):
     handle_signals((SIGTERM, SIGINT), updater.stop)
     handle_signals((SIGHUP,), server.read_certificate)
     log(f"clones go live in {settings['REPOS_DIR']}, by {command}")
-    tls = ", TLS" if server.tls else ""
     log(f"listening on port {server.server_address[1]} "
-        f"({settings['BIND'] or 'all addresses'}{tls})")
+        f"({settings['BIND'] or 'all addresses'}{', TLS' if server.tls else ''})")
     tell_ready(manager)
     serve_until_stopped(server)
 
