@@ -1496,14 +1496,6 @@ class UpdateEnded:
         self.journal.commit(record.repo, Records.tell, record.update)
 
 
-def make_relay_id(path):
-    """The id of a relay in its file, which is made once."""
-    if is_absent(path):
-        write_synced(f"{path}.new", os.urandom(8).hex().encode("ascii"))
-        os.rename(f"{path}.new", path)
-    return read_file(path).decode("ascii")
-
-
 def end_marked(pattern):
     """Kills all processes whose environment has what matches a pattern of bytes."""
     for name in filter(str.isdigit, os.listdir("/proc")):
@@ -1521,16 +1513,21 @@ class Relay:
         self.settings = settings
         self.slavelist = settings["SLAVELIST"]
         self.is_stopping = is_stopping
-        self.id = make_relay_id(f"{folder}/relay-id")
+        # Its id is made once.
+        path = f"{folder}/relay-id"
+        if is_absent(path):
+            write_synced(path, os.urandom(8).hex().encode("ascii"))
+        self.id = read_file(path).decode("ascii")
         # What a slave.py that was killed has begun would go on beside what comes now.
         end_marked(b"SERVER_UPDATE_VIA=[0-9a-f,]*%s\0" % self.id.encode("ascii"))
         log(f"{self.count()} slaves beneath, of {self.slavelist}")
 
     def command(self, kind, repo, *pins):
-        command = [find_command("server-update"), kind, "--list", self.slavelist, *pins]
-        if self.settings["SECRET_FILE"]:
-            command.extend(["--secret-file", self.settings["SECRET_FILE"]])
-        return [*command, *(self.settings["RELAY_OPTIONS"] or []), repo]
+        program = find_command("server-update")
+        secret_file = self.settings["SECRET_FILE"]
+        secrets = ["--secret-file", secret_file] if secret_file else []
+        options = self.settings["RELAY_OPTIONS"] or []
+        return [program, kind, "--list", self.slavelist, *pins, *secrets, *options, repo]
 
     def count(self):
         """How many slaves are in the list; ValueError says why that can't be known."""
@@ -1679,11 +1676,11 @@ class Updater:
         try:
             if queued:
                 self.update(repo)
-        except Refusal as refusal:
-            self.end_update(repo, queued.update, failed(refusal.args[1]))
         except Exception as error:
             # Whatever it is, who waits must hear of an end.
             message = f"the update can't go on: {error!r}"
+            if isinstance(error, Refusal):
+                message = error.args[1]
             self.end_update(repo, queued.update, failed(message))
         finally:
             del self.queue.running[repo]
@@ -1716,13 +1713,6 @@ class Updater:
             beneath = self.relay.update(record, changes["commit"])
         return beneath and add_beneath(changes, beneath)
 
-    def environ(self, repo):
-        """What slave-activate finds in its environment."""
-        environ = dict(os.environ)
-        for key in ACTIVATE_SETTINGS:
-            environ[f"SERVER_UPDATE_{key}"] = str(self.setting(key, repo))
-        return environ
-
     def activate(self, record):
         """Runs slave-activate; how it ended, as changes to the record, or None: it was stopped."""
         said = deque(maxlen=2)  # on stdout: a line, and whether there was another
@@ -1730,9 +1720,10 @@ class Updater:
         # Whatever the locale can encode.
         refs = [record.ref.encode("utf-8")] if record.ref else []
         command = [self.command, *pins, record.repo, *refs]
-        environ = self.environ(record.repo)
         # A forge may tell of a push before it can be fetched.
-        environ["SERVER_UPDATE_EXPECT"] = record.expect or ""
+        environ = dict(os.environ, SERVER_UPDATE_EXPECT=record.expect or "")
+        for key in ACTIVATE_SETTINGS:
+            environ["SERVER_UPDATE_" + key] = str(self.setting(key, record.repo))
         try:
             run = Run(record.repo, command, environ,
                       Lines(MAX_LINE_BYTES, said.append).add)
@@ -1766,15 +1757,10 @@ class Updater:
         if done.state == "failed":
             self.forget_oldest()
 
-    def has_tree(self, repo):
-        return lexists(self.tree(repo))
-
     def forget_oldest(self):
         """Forgets the oldest of too many repositories that have no tree: any name makes one."""
         records = self.journal.records.copy()
-        if len(records) <= MAX_WITHOUT_TREE:
-            return
-        without = [repo for repo in records if not self.has_tree(repo)]
+        without = [repo for repo in records if not lexists(self.tree(repo))]
         # The newest ones stay: somebody may still ask how they ended.
         without.sort(key=lambda repo: records[repo].newest().requested)
         for repo in without[:-MAX_WITHOUT_TREE]:
@@ -1783,7 +1769,7 @@ class Updater:
     def forget_removed(self, repo):
         """Forgets a repository whose tree and record somebody has removed."""
         has_record = lexists(self.journal.path(repo))
-        if repo in self.journal.records and not has_record and not self.has_tree(repo):
+        if repo in self.journal.records and not (has_record or lexists(self.tree(repo))):
             self.journal.commit(repo, Records.forget)
 
     def tend(self):
