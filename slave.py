@@ -80,8 +80,6 @@ WORTH_RE = re.compile("can(not|'t) remove |[0-9a-f]{7} is not there yet")
 OUTCOME_PATTERN = "%s (?:([0-9a-f]{40,64})|-) (?:([0-9a-f]{40,64})|-)"  # on stdout
 
 # Slaves beneath
-OUTCOMES = ("live", "hook failed", "beneath failed", "failed", "refused", "unreachable",
-            "timeout", "interrupted", "not started", "signalled")  # server-update's
 NOT_FOR_RELAYS_RE = re.compile(
     "--(no-wait|status|history|dry-run|list|limit|json|ref|commit)(=.*)?")
 LIST_TIMEOUT_S = 30  # to read a list of a million
@@ -1229,7 +1227,7 @@ class Beneath:
             fields = json.loads(line.decode("utf-8"))
             self.listed = fields.get("slaves", self.listed)
             if "outcomes" in fields:
-                self.counts = sum_counts(fields["outcomes"], fields.get("beneath") or {})
+                self.counts = sum_counts(fields["outcomes"], fields.get("beneath"))
             if fields.get("outcome", "live") != "live":
                 self.add_bad(fields, "")
             # A relay's own are named after it.
@@ -1245,15 +1243,10 @@ class Beneath:
             self.bad.append(bad)
 
 
-def sum_counts(*parts):
-    """{outcome: count} of all together; an error of Beneath.take where they are no counts."""
-    total = Counter()
-    for counts in parts:
-        for outcome, count in counts.items():
-            # A newer version may have others; none of them is good.
-            known = outcome if outcome in OUTCOMES else "failed"
-            total[known] += int(count)
-    return {outcome: total[outcome] for outcome in OUTCOMES if total[outcome]}
+def sum_counts(outcomes, beneath):
+    """{outcome: count} of all together, the most first."""
+    total = Counter(outcomes) + Counter(beneath)
+    return dict(total.most_common())
 
 
 def found_live(record, commit):
@@ -1481,10 +1474,11 @@ class UpdateEnded:
             return
         name = f"{record.repo}: update-ended"
         # With the names of the first that are bad beneath.
-        names = ", ".join(bad["slave"] for bad in (record.beneath_bad or [])[:MAX_NAMES])
+        bad = record.beneath_bad or []
+        names = ", ".join(one["slave"] for one in bad[:MAX_NAMES])
         message = record.message + (names and f" ({names})")
-        command = [record.untold, record.repo, outcome(record), record.previous or "-",
-                   record.commit or "-", message.encode("utf-8")]
+        command = [record.untold, record.repo, outcome(record),
+                   record.previous or "-", record.commit or "-", message.encode("utf-8")]
         try:
             run = Run(name, command, os.environ, len)  # what it prints is nobody's concern
             if run.finish(UPDATE_ENDED_TIMEOUT_S, self.is_stopping) == "stop":
@@ -1527,7 +1521,8 @@ class Relay:
         secret_file = self.settings["SECRET_FILE"]
         secrets = ["--secret-file", secret_file] if secret_file else []
         options = self.settings["RELAY_OPTIONS"] or []
-        return [program, kind, "--list", self.slavelist, *pins, *secrets, *options, repo]
+        return [program, kind, "--list", self.slavelist,
+                *pins, *secrets, *options, repo]
 
     def count(self):
         """How many slaves are in the list; ValueError says why that can't be known."""
@@ -1574,31 +1569,6 @@ class Relay:
         return {"beneath": beneath.counts, "beneath_bad": beneath.bad}
 
 
-class Queue:
-    """Who waits for an update and who has one: one of a repository at a time, so many in all."""
-
-    def __init__(self):
-        # Each change of these is one step, so that only take(), which makes two, needs a lock.
-        self.waiting = {}  # {repo: True}, who has waited longest first
-        self.running = {}  # {repo: whether it takes a place}
-        self.lock = threading.Lock()
-
-    def ready(self):
-        """Those that can start now."""
-        places = MAX_RUNNING - list(self.running.values()).count(True)
-        repos = [repo for repo in list(self.waiting) if repo not in self.running]
-        return repos[:places]
-
-    def take(self):
-        """Who starts now, or None."""
-        with self.lock:
-            for repo in self.ready():
-                del self.waiting[repo]
-                self.running[repo] = True
-                return repo
-        return None
-
-
 class Updater:
     """Takes signals and runs the updates that they ask for: one of a repository at a time."""
 
@@ -1609,7 +1579,10 @@ class Updater:
         self.command = command  # slave-activate's path
         self.journal = Journal(f"{settings['REPOS_DIR']}/.server-update")
         self.told_to_stop = False  # set by a signal's handler, which may take no lock
-        self.queue = Queue()
+        # Each change of these is one step, so that only take(), which makes two, needs a lock.
+        self.waiting = {}  # {repo: True}, who has waited longest first
+        self.running = {}  # {repo: whether it takes a place}
+        self.lock = threading.Lock()
         self.update_ended = UpdateEnded(self.journal, self.is_stopping)
         self.relay = None
         if settings["SLAVELIST"]:
@@ -1638,37 +1611,53 @@ class Updater:
             self.update_ended.add(record)
         if records.queued:
             log(f"{repo}: update {records.queued.update} is taken up again")
-            self.queue.waiting[repo] = True
+            self.waiting[repo] = True
 
     def take_signal(self, repo, ref, asked, peer):
         """Queues an update; its record, which is on disk then, or a Refusal."""
         if self.told_to_stop:
             raise Refusal(503, "this slave is stopping", RETRY_LATER)
-        waiting = self.queue.waiting
-        if repo not in waiting and len(waiting) >= MAX_QUEUED:
+        if repo not in self.waiting and len(self.waiting) >= MAX_QUEUED:
             raise Refusal(503, "too many updates are queued", RETRY_LATER)
         self.check_hook(repo)
         if self.relay and self.relay.id in (asked.get("via") or ""):
             raise Refusal(409, "a circle of relays: this one is beneath itself")
         with can("record the update"):
-            records = self.journal.commit(repo, Records.accept, repo, ref, time.time(), asked)
+            now = time.time()
+            records = self.journal.commit(repo, Records.accept, repo, ref, now, asked)
         record = records.queued
         why = ", ".join(filter(None, (peer, record.by, record.note)))
         log(f"{repo}: update {record.update} was asked for by {why}")
-        self.queue.waiting[repo] = True
+        self.waiting[repo] = True
         self.start_queued()
         return record
+
+    def ready(self):
+        """The repositories that can start now."""
+        places = MAX_RUNNING - list(self.running.values()).count(True)
+        repos = [repo for repo in list(self.waiting)
+                 if repo not in self.running]
+        return repos[:places]
+
+    def take(self):
+        """The repository that starts now, or None."""
+        with self.lock:
+            for repo in self.ready():
+                del self.waiting[repo]
+                self.running[repo] = True
+                return repo
+        return None
 
     def start_queued(self):
         """Starts threads for what can start now; where there are none, tend() comes again."""
         with suppress(RuntimeError, MemoryError):
-            for _ in self.queue.ready():
+            for _ in self.ready():
                 start_thread(self.run_next)
 
     def run_next(self):
         """A thread: runs an update to its end, whatever goes wrong, if one can start."""
         # Another thread may have taken what this one was started for.
-        repo = None if self.told_to_stop else self.queue.take()
+        repo = None if self.told_to_stop else self.take()
         if not repo:
             return
         # Nothing is, where the run before took it along: it was on disk, but not yet queued here.
@@ -1683,7 +1672,7 @@ class Updater:
                 message = error.args[1]
             self.end_update(repo, queued.update, failed(message))
         finally:
-            del self.queue.running[repo]
+            del self.running[repo]
             self.start_queued()
 
     def update(self, repo):
@@ -1708,7 +1697,7 @@ class Updater:
             beneath = self.relay.not_started(changes["message"] or "no commit is live here")
         else:
             # All that is left is done elsewhere: another may start here.
-            self.queue.running[record.repo] = False
+            self.running[record.repo] = False
             self.start_queued()
             beneath = self.relay.update(record, changes["commit"])
         return beneath and add_beneath(changes, beneath)
@@ -1734,8 +1723,8 @@ class Updater:
         if why == "stop" and run.status != 0:
             return None
         late_after_s = timeout_s if why == "timeout" else None
-        return judge(record.repo, run.status, b"\n".join(said), run.last_words(),
-                     late_after_s)
+        return judge(record.repo, run.status, b"\n".join(said),
+                     run.last_words(), late_after_s)
 
     def end_update(self, repo, update, changes):
         """Records how an update has ended, unless it had before, and tells of it."""
@@ -1748,7 +1737,8 @@ class Updater:
         hook = f"{self.setting('HOOKS_DIR', repo)}/update-ended"
         if lexists(hook):
             changes["untold"] = hook
-        records = self.journal.commit(repo, Records.finish, update, changes, time.time())
+        now = time.time()
+        records = self.journal.commit(repo, Records.finish, update, changes, now)
         done = records.find(update)
         self.update_ended.add(done)
         message = done.message and f": {done.message}"
@@ -1768,8 +1758,9 @@ class Updater:
 
     def forget_removed(self, repo):
         """Forgets a repository whose tree and record somebody has removed."""
-        has_record = lexists(self.journal.path(repo))
-        if repo in self.journal.records and not (has_record or lexists(self.tree(repo))):
+        is_there = (lexists(self.journal.path(repo))
+                    or lexists(self.tree(repo)))
+        if repo in self.journal.records and not is_there:
             self.journal.commit(repo, Records.forget)
 
     def tend(self):
@@ -1792,7 +1783,7 @@ class Updater:
 
     def has_stopped(self):
         """Whether it was told to stop, and no update runs any more."""
-        return self.told_to_stop and not self.queue.running
+        return self.told_to_stop and not self.running
 
     def records(self, repo):
         return self.journal.records.get(repo, Records())
