@@ -582,13 +582,13 @@ class Records(namedtuple("Records", "ended running queued", defaults=((), None, 
 
 
 def is_number(value):
-    """Whether a value of JSON can be a time, an id or a count; NaN can't."""
-    return isinstance(value, (int, float)) and 0 <= value < 1e15
+    """Whether a value of JSON can be a time, an id or a count; NaN can't. Or TypeError."""
+    return 0 <= value < 1e15
 
 
 def is_counts(value):
-    """Whether a value of JSON says how many slaves beneath had which outcome."""
-    return isinstance(value, dict) and all(map(is_number, value.values()))
+    """Whether a value of JSON says how many slaves beneath had which outcome; else an error."""
+    return all(map(is_number, value.values()))
 
 
 def is_list(value):
@@ -610,30 +610,26 @@ RULES = (
 REQUIRED = {"requested", "message", "tries"}  # the others are looked at anyway
 
 
-def check_record(repo, record):
-    """ValueError (or TypeError, AttributeError) unless this is a record of an update of `repo`."""
+def decode_record(repo, fields):
+    """The Record of an update of `repo` that these fields of JSON are; else ValueError, TypeError
+    or AttributeError."""
+    # Fields that a newer version has added are passed over; those that an older one did not know
+    # have their defaults, mostly None.
+    known = {key: fields[key] for key in Record._fields if key in fields}
+    record = Record(**known)
     for keys, is_right in RULES:
         for key in keys.split():
             value = getattr(record, key)
-            # Where the version before had no such field, it has its default, mostly None.
             if (value is not None or key in REQUIRED) and not is_right(value):
                 raise ValueError(f"not a record of an update: bad {key}")
     if record.repo != repo:
         raise ValueError("a record of another repository")
-    states = ("live", "failed") if record.finished else ("queued", "running")
-    if record.state not in states:
+    has_ended = record.state in ("live", "failed")
+    if has_ended != bool(record.finished):
         raise ValueError("not a record of an update: bad state")
-
-
-def decode_record(repo, fields):
-    """The Record that these fields of JSON are; an error of check_record: they are none."""
-    # Fields that a newer version has added are passed over.
-    known = {key: fields[key] for key in Record._fields if key in fields}
-    record = Record(**known)
     # A newer version may be at more than this one knows: what it was at is begun again.
-    if record.state not in ("queued", "live", "failed") and not record.finished:
+    if not has_ended and record.state != "queued":
         record = record._replace(state="running")
-    check_record(repo, record)
     return record._replace(update=int(record.update))
 
 
