@@ -15,6 +15,7 @@ from slave_support import (
     signature,
     stand_in,
     start_by_hand,
+    wait_runs,
 )
 
 NOBODY = 65534
@@ -220,6 +221,7 @@ def test_a_pre_update_hook_that_vanishes_is_no_reason_to_go_live(start_slave):
     hook.write_text("#!/bin/sh\nexit 1\n")
     gone = "the pre-update hook is gone; if that is meant, restart the slave"
     slave.signal("first")
+    wait_runs(slave, 1)
     queued = slave.signal("first")
     hook.unlink()
     assert slave.json("/?repo=a", status=503) == {"error": gone}
