@@ -29,7 +29,7 @@ def broken(self):
     Mutation("what was queued is not taken up again", "slave.py", "Updater.take_up", """
 def broken(self, repo):
     original(self, repo)
-    self.queued.clear()
+    self.waiting.clear()
 """, scenarios.accepted_survives_a_loss_of_power),
     Mutation("no flush before the exchange", "slave-activate", "publish_program/flush_to_disk", """
 def flush_to_disk(new):
@@ -110,14 +110,17 @@ def broken(master_key, origin):
 def broken(self, repo, ref, *more):
     return original(self, repo, self.queued.ref if self.queued else ref, *more)
 """, scenarios.the_last_signal_wins),
-    Mutation("ids follow the clock", "slave.py", "next_update_id", """
-def broken(newest, now):
-    return int(now * 1000)
+    Mutation("ids follow the clock", "slave.py", "Records.accept", """
+def broken(self, repo, ref, now, *more):
+    after = original(self, repo, ref, now, *more)
+    return after._replace(queued=after.queued._replace(update=int(now * 1000)))
 """, scenarios.ids_grow_although_the_clock_went_back),
     Mutation("only the shell is ended, not its group", "slave.py", "signal_group", """
 def broken(leader, number):
-    with contextlib.suppress(ProcessLookupError):
+    try:
         os.kill(leader, number)
+    except ProcessLookupError:
+        pass
 """, scenarios.nothing_of_a_run_outlives_it),
     Mutation("slave-activate's exit status ignored", "slave.py", "judge", """
 def broken(*run, **more):
