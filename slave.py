@@ -44,14 +44,13 @@ import ssl
 import stat
 import subprocess
 import sys
-import threading
-import time
 from collections import Counter, deque, namedtuple
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from os.path import abspath, dirname, expanduser, join, lexists, realpath, samestat
 from queue import SimpleQueue
-from time import monotonic
+from subprocess import DEVNULL, PIPE, Popen, SubprocessError
+from threading import Condition, Event, Lock, Thread, stack_size
+from time import gmtime, monotonic, sleep, strftime, time
 from urllib.parse import unquote, unquote_to_bytes
 
 VERSION = "1.0"
@@ -86,8 +85,6 @@ LIST_TIMEOUT_S = 30  # to read a list of a million
 MAX_JSON_BYTES = 65536  # of a line
 MAX_BAD = 100  # slaves that are told by name
 MAX_BAD_BYTES = 16384  # of them, as JSON
-MAX_NAMES = 10  # of them, for update-ended
-UPDATE_ENDED_TIMEOUT_S = 60
 
 USER_RE = re.compile(r"(?<=://)[^/?#\s]*@")  # user and password of a URL
 
@@ -95,6 +92,7 @@ USER_RE = re.compile(r"(?<=://)[^/?#\s]*@")  # user and password of a URL
 HEADER_TIMEOUT_S = 10  # for a TLS handshake and a whole request header
 SEND_TIMEOUT_S = 30  # for a peer to take anything
 CLOSE_TIMEOUT_S = 1  # for a peer to see the end of an answer
+LAST_ANSWERS_S = 0.3  # at the end, for those who still wait
 PEER_S = 1  # how often is looked whether who follows an update is still there
 MAX_LINE_BYTES = 8192  # of a request, and of what slave-activate says
 MAX_HEADER_BYTES = 16384
@@ -104,7 +102,6 @@ SPARE_FILES = 4  # connections that may be open beyond that, for as long as they
 SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 SHORTAGE_PAUSE_S = 0.1
 MAX_REFUSALS_LOGGED = 10  # a second
-MAX_OUTPUT_LOGGED = 500  # lines a second of a run
 MAX_WAIT_S = 30
 MAX_STATUS_BYTES = 1000000  # server-update reads a little more
 VIA_RE = re.compile("[0-9a-f]{16}(,[0-9a-f]{16}){0,7}")  # ids of at most 8 relays
@@ -121,11 +118,6 @@ BODY_TIMEOUT_S = 30  # in all
 MAX_BODY_BYTES = 25 << 20  # as much as a forge sends
 MAX_READ_BODY_BYTES = 256 << 10  # those that are larger are only proved
 MAX_LARGE_BODIES = 4  # at once
-
-# Clones from here
-MIN_FREE_BYTES = 128 << 20  # on the disk, for all else
-KEEP_ANSWER_S = 60  # for those who ask the same a little later
-CHUNK_RE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(;.*)?\r?\n")  # RFC 9112
 
 # Signatures
 SIGNATURE_RE = re.compile(r"t=([0-9]{1,12}),n=([0-9a-f]{32}),s=([0-9a-f]{64})")
@@ -270,7 +262,7 @@ STDERR = Stderr()
 
 def log(text):
     """Writes a line to stderr, in one write, so that the lines of threads never mix."""
-    now = time.strftime("%Y-%m-%dT%H:%M:%SZ ", time.gmtime())
+    now = strftime("%Y-%m-%dT%H:%M:%SZ ", gmtime())
     line = f"{now}{escape(USER_RE.sub('', text))}\n"
     with suppress(OSError):  # nobody reads the log: no reason to stop updating
         STDERR.write(line.encode("utf-8", "backslashreplace"))
@@ -288,22 +280,21 @@ class Throttle:
 
     No lock: where threads meet a line more or less is counted, and no harm is done."""
 
-    def __init__(self, most):
-        self.most = most
+    def __init__(self):
         self.second = None  # that is being counted
         self.lines = 0  # in it
 
     def log(self, text):
         self.tell(int(monotonic()))
         self.lines += 1
-        if self.lines <= self.most:
+        if self.lines <= MAX_REFUSALS_LOGGED:
             log(text)
 
-    def tell(self, second=None):
+    def tell(self, second):
         """Begins a new second, unless it is that of before; says how many were left out in it."""
         if second == self.second:
             return
-        left_out = self.lines - self.most
+        left_out = self.lines - MAX_REFUSALS_LOGGED
         self.second = second
         self.lines = 0
         if left_out > 0:
@@ -379,7 +370,7 @@ PARSERS = {
 SETTINGS_TABLE = """
 BASE_URL      url   URL or path: clones are made of BASE_URL/NAME.git (https://github.com/aiegoo)
 REPOS_DIR     path  folder where the clones go live (~/repos)
-HOOKS_DIR     path  has pre-update, post-update and update-ended (/etc/server-update/hooks)
+HOOKS_DIR     path  has pre-update and post-update (/etc/server-update/hooks)
 PORT          port  0 takes a free one (9999)
 BIND          ip    address to listen on, else all
 TIMEOUT       time  seconds for an update (600)
@@ -387,7 +378,6 @@ SUBMODULES    yesno yes or no: clone them (yes)
 SECRET_FILE   path  keys, a line each, else /etc/server-update/secret if it exists
 ALLOW_FROM    nets  addresses and networks that may ask, else all
 ALLOW_REPOS   globs globs of repositories that may be updated, else all
-VIEW_FROM     nets  addresses and networks that may read /status unsigned
 SLAVELIST     path  slaves beneath: they follow each update of this one
 RELAY_OPTIONS words options of server-update for them
 TLS_CERT      path  certificate chain (PEM): serve https
@@ -478,10 +468,9 @@ def own_setting(settings, key, repo):
 
 # One update. /status tells the fields of TOLD; times are seconds since 1970; a stop of the slave
 # that was clean is no try; `first` is the oldest update that this one has taken the place of;
-# `untold` is the path of update-ended until that has run.
 Record = namedtuple("Record", "repo update ref state requested started finished commit previous "
-                    "message pin hook beneath beneath_bad by note via expect first tries untold",
-                    defaults=[None] * 4 + [""] + [None] * 9 + [0, None])
+                    "message pin hook beneath beneath_bad by note via expect first tries",
+                    defaults=[None] * 4 + [""] + [None] * 9 + [0])
 TOLD = Record._fields[:16]
 
 
@@ -548,12 +537,6 @@ class Records(namedtuple("Records", "ended running queued", defaults=((), None, 
         before = [record._replace(beneath_bad=None) for record in self.ended]
         return begun._replace(ended=(*before, done)[-MAX_ENDED:], running=None)
 
-    def tell(self, update):
-        """update-ended has run for an update."""
-        ended = [record._replace(untold=None) if record.update == update else record
-                 for record in self.ended]
-        return self._replace(ended=tuple(ended))
-
     def stop(self):
         """The slave ends cleanly under the running update: that is no try."""
         return self.requeue(tries=self.running.tries - 1)
@@ -591,10 +574,6 @@ def is_counts(value):
     return all(map(is_number, value.values()))
 
 
-def is_list(value):
-    return isinstance(value, list)
-
-
 # What must hold for the fields of a record; all but those of REQUIRED may be None as well.
 RULES = (
     ("update requested started finished hook first tries", is_number),
@@ -602,10 +581,10 @@ RULES = (
     ("by note", is_note),
     ("repo", is_repo_name),
     ("ref", is_ref),
-    ("message untold", str.isprintable),
+    ("message", str.isprintable),
     ("via", VIA_RE.fullmatch),
     ("beneath", is_counts),
-    ("beneath_bad", is_list),
+    ("beneath_bad", lambda value: isinstance(value, list)),
 )
 REQUIRED = {"requested", "message", "tries"}  # the others are looked at anyway
 
@@ -700,7 +679,7 @@ class Change:
         self.method = method  # of Records: from those before it to those after it
         self.args = args
         self.outcome = None  # the Records after it, or the exception that came in their place
-        self.is_settled = threading.Event()
+        self.is_settled = Event()
 
 
 class Journal:
@@ -715,7 +694,7 @@ class Journal:
         self.unread = set()  # repositories whose record is there, but can't be read now
         self.unsaved = set()  # those whose record is not on disk as it is in memory
         self.changes = SimpleQueue()
-        self.changed = threading.Condition()  # told after each change
+        self.changed = Condition()  # told after each change
         self.fds = []  # that hold the locks; the last one is the state folder
         self.take()
         self.floor = Floor(f"{folder}/signed")
@@ -890,15 +869,12 @@ def read_head(git):
     return text
 
 
-def git_environ():
-    """The environment without what may lead git to another repository."""
-    return {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
-
-
 def ask_git(git):
     """The commit of HEAD as git tells it, however refs are kept; nothing where there is none."""
     command = ["git", "--git-dir", git, "rev-parse", "-q", "--verify", "HEAD^{commit}"]
-    done = subprocess.run(command, env=git_environ(), timeout=GIT_TIMEOUT_S, capture_output=True)
+    # Without what may lead git to another repository.
+    environ = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+    done = subprocess.run(command, env=environ, timeout=GIT_TIMEOUT_S, capture_output=True)
     return done.stdout.decode("ascii", "replace").strip()
 
 
@@ -911,7 +887,7 @@ def read_live_commit(tree):
         commit = read_head(git)
         if not HASH_RE.fullmatch(commit):
             commit = ask_git(git)
-    except (OSError, ValueError, subprocess.SubprocessError):  # ValueError: a path with a NUL
+    except (OSError, ValueError, SubprocessError):  # ValueError: a path with a NUL
         return None
     return commit if HASH_RE.fullmatch(commit) else None
 
@@ -954,13 +930,12 @@ class Run:
         """Starts it; OSError where it can't. Its stderr is logged, each line after `name`; its
         stdout goes to `take_output` in parts, the last of which is b""."""
         self.name = name
-        self.throttle = Throttle(MAX_OUTPUT_LOGGED)
         self.said = {}  # {kind of line: the last one}, see OUTPUT_KINDS
         self.status = None  # as subprocess's returncode; None while it runs
         # A session of its own is a group of its own, too: signals reach all that it starts.
-        self.process = subprocess.Popen(
-            command, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, start_new_session=True)
+        self.process = Popen(
+            command, env=environ, stdin=DEVNULL, stdout=PIPE,
+            stderr=PIPE, start_new_session=True)
         # What it leaves behind may hold the pipes open: nothing waits for their end.
         self.pipes = selectors.PollSelector()
         self.pipes.register(self.process.stdout, selectors.EVENT_READ, take_output)
@@ -1016,7 +991,7 @@ class Run:
 
     def log_line(self, line):
         text = line.decode("utf-8", "replace").rstrip().replace("\t", " ")
-        self.throttle.log(f"{self.name}: {text}")
+        log(f"{self.name}: {text}")
         kind = next(kind for kind in OUTPUT_KINDS if text.startswith(kind))
         words = text[len(kind):]
         if words:
@@ -1031,7 +1006,6 @@ class Run:
 
     def close(self):
         """Kills what is still there of it, and forgets it; what can't be killed is only told."""
-        self.throttle.tell()
         signal_group(self.process.pid, SIGKILL)
         self.process.stdout.close()
         self.process.stderr.close()
@@ -1287,7 +1261,7 @@ class Floor:
     def __init__(self, path):
         """OSError where the file can't be looked at."""
         self.path = path
-        self.lock = threading.Lock()
+        self.lock = Lock()
         self.at_start = self.read()
         self.newest = self.at_start  # rounded up
 
@@ -1298,7 +1272,7 @@ class Floor:
         try:
             return int(read_file(self.path))
         except ValueError:  # it is broken: nothing is taken that may have been signed by now
-            return int(time.time()) + MAX_CLOCK_DIFFERENCE_S
+            return int(time()) + MAX_CLOCK_DIFFERENCE_S
 
     def take(self, when):
         """Takes a signal that was signed at `when`, or a Refusal."""
@@ -1317,7 +1291,7 @@ class Nonces:
     """The nonces of the requests that one key has signed, each of which is taken once."""
 
     def __init__(self):
-        self.lock = threading.Lock()
+        self.lock = Lock()
         self.taken = set()
         self.newest = 0  # time of one
         self.floor = 0  # those that were signed by then are forgotten
@@ -1395,13 +1369,12 @@ class Guard:
         self.nonces.setdefault(right[0], Nonces()).take(bytes.fromhex(nonce), when)
         return when
 
-    def is_from(self, key, text):
-        """Whether an address is in one of the networks of a setting."""
-        address = ipaddress.ip_address(text.partition("%")[0])
-        return any(address in network for network in self.settings[key] or [])
-
     def check_address(self, text):
-        if self.settings["ALLOW_FROM"] and not self.is_from("ALLOW_FROM", text):
+        networks = self.settings["ALLOW_FROM"]
+        if not networks:
+            return
+        address = ipaddress.ip_address(text.partition("%")[0])
+        if not any(address in network for network in networks):
             raise Refusal(403, "not from this address")
 
     def check_repo(self, repo):
@@ -1451,41 +1424,6 @@ class Hooks:
 
 # -- updater ------------------------------------------------------------------
 
-class UpdateEnded:
-    """The hook update-ended, which tells somebody of each update that has ended."""
-
-    def __init__(self, journal, is_stopping):
-        self.journal = journal
-        self.is_stopping = is_stopping
-        self.pool = ThreadPoolExecutor(1)  # nothing waits for it
-
-    def add(self, record):
-        """Has it run for an update, unless it has."""
-        if record.untold:
-            self.pool.submit(self.run, record)
-
-    def run(self, record):
-        """Runs it; what a stop ends, or keeps from beginning, is for the next start."""
-        if self.is_stopping():
-            return
-        name = f"{record.repo}: update-ended"
-        # With the names of the first that are bad beneath.
-        bad = record.beneath_bad or []
-        names = ", ".join(one["slave"] for one in bad[:MAX_NAMES])
-        message = record.message + (names and f" ({names})")
-        command = [record.untold, record.repo, outcome(record),
-                   record.previous or "-", record.commit or "-", message.encode("utf-8")]
-        try:
-            run = Run(name, command, os.environ, len)  # what it prints is nobody's concern
-            if run.finish(UPDATE_ENDED_TIMEOUT_S, self.is_stopping) == "stop":
-                return
-            if run.status != 0:
-                log(f"{name}: failed with exit status {run.status}")
-        except OSError as error:
-            log(f"{name}: can't run {error}")
-        self.journal.commit(record.repo, Records.tell, record.update)
-
-
 def end_marked(pattern):
     """Kills all processes whose environment has what matches a pattern of bytes."""
     for name in filter(str.isdigit, os.listdir("/proc")):
@@ -1533,7 +1471,7 @@ class Relay:
         """The changes to a record where nothing was begun beneath."""
         try:
             listed = listed or self.count()
-        except (OSError, ValueError, subprocess.SubprocessError):
+        except (OSError, ValueError, SubprocessError):
             listed = 1
         bad = {"slave": self.slavelist, "outcome": "not started", "message": why}
         return {"beneath": {"not started": listed}, "beneath_bad": [bad]}
@@ -1578,8 +1516,7 @@ class Updater:
         # Each change of these is one step, so that only take(), which makes two, needs a lock.
         self.waiting = {}  # {repo: True}, who has waited longest first
         self.running = {}  # {repo: whether it takes a place}
-        self.lock = threading.Lock()
-        self.update_ended = UpdateEnded(self.journal, self.is_stopping)
+        self.lock = Lock()
         self.relay = None
         if settings["SLAVELIST"]:
             self.relay = Relay(settings, self.journal.folder, self.is_stopping)
@@ -1603,8 +1540,6 @@ class Updater:
             records = self.journal.commit(repo, Records.resume)
         if records.running:
             self.end_update(repo, records.running.update, failed(INTERRUPTED))
-        for record in records.ended:
-            self.update_ended.add(record)
         if records.queued:
             log(f"{repo}: update {records.queued.update} is taken up again")
             self.waiting[repo] = True
@@ -1619,7 +1554,7 @@ class Updater:
         if self.relay and self.relay.id in (asked.get("via") or ""):
             raise Refusal(409, "a circle of relays: this one is beneath itself")
         with can("record the update"):
-            now = time.time()
+            now = time()
             records = self.journal.commit(repo, Records.accept, repo, ref, now, asked)
         record = records.queued
         why = ", ".join(filter(None, (peer, record.by, record.note)))
@@ -1674,7 +1609,7 @@ class Updater:
     def update(self, repo):
         """Runs the queued update of a repository, and records how it ended."""
         live = read_live_commit(self.tree(repo))
-        record = self.journal.commit(repo, Records.start, live, time.time()).running
+        record = self.journal.commit(repo, Records.start, live, time()).running
         log(f"{repo}: update {record.update} starts, ref {record.ref or 'not given'}")
         # It may have vanished while this update was queued.
         self.check_hook(repo)
@@ -1708,7 +1643,7 @@ class Updater:
         # A forge may tell of a push before it can be fetched.
         environ = dict(os.environ, SERVER_UPDATE_EXPECT=record.expect or "")
         for key in ACTIVATE_SETTINGS:
-            environ["SERVER_UPDATE_" + key] = str(self.setting(key, record.repo))
+            environ[f"SERVER_UPDATE_{key}"] = str(self.setting(key, record.repo))
         try:
             run = Run(record.repo, command, environ,
                       Lines(MAX_LINE_BYTES, said.append).add)
@@ -1730,13 +1665,9 @@ class Updater:
                 changes["commit"] = read_live_commit(self.tree(repo))
             if self.relay:
                 changes.update(self.relay.not_started(changes["message"]))
-        hook = f"{self.setting('HOOKS_DIR', repo)}/update-ended"
-        if lexists(hook):
-            changes["untold"] = hook
-        now = time.time()
+        now = time()
         records = self.journal.commit(repo, Records.finish, update, changes, now)
         done = records.find(update)
-        self.update_ended.add(done)
         message = done.message and f": {done.message}"
         log(f"{repo}: update {update} {outcome(done)} after {done.finished - done.started:.1f} s, "
             f"live is {done.commit or 'nothing'}{message}")
@@ -1810,7 +1741,7 @@ class Updater:
         if repo in self.journal.unread:
             message = "its record can't be read; the log says why"
             record = Record(repo, 0, None, "failed", 0, message=message)
-            record = record._replace(finished=time.time())
+            record = record._replace(finished=time())
         elif not record or record != self.find(repo, None):
             return record
         # Somebody may have put another commit live by hand, or removed the tree.
@@ -1921,10 +1852,6 @@ class HeaderReader:
         self.file.close()
 
 
-def has_repo(query):
-    return re.search("(^|&)repo(=|&|$)", query) is not None
-
-
 PARAMETERS = {
     "repo": is_repo_name,
     "ref": is_ref,
@@ -1969,13 +1896,14 @@ class Connection(http.server.SimpleHTTPRequestHandler):
     rbufsize = 512  # small, as there may be MAX_CONNECTIONS of them
     wbufsize = 2048  # one write an answer
 
-    # What a connection is at. Up to SENDING it waits for its peer, and gives way to a new one
+    # What a connection is at. Up to sending it waits for its peer, and gives way to a new one
     # before those that are at something later: see Server.drop_one.
-    READING, RECEIVING, RECEIVING_MUCH, SENDING, FOLLOWING, ANSWERING, DROPPED = range(7)
+    STAGES = ("reading", "receiving", "receiving-much", "sending",
+              "following", "answering", "dropped")
     MAY_LAST_S = {
-        READING: HEADER_TIMEOUT_S,
-        RECEIVING: BODY_TIMEOUT_S,
-        RECEIVING_MUCH: BODY_TIMEOUT_S,
+        "reading": HEADER_TIMEOUT_S,
+        "receiving": BODY_TIMEOUT_S,
+        "receiving-much": BODY_TIMEOUT_S,
     }
 
     def setup(self):
@@ -1985,7 +1913,7 @@ class Connection(http.server.SimpleHTTPRequestHandler):
                                                        do_handshake_on_connect=False)
         super().setup()
         self.rfile = HeaderReader(self.rfile)
-        self.enter(self.READING)
+        self.enter("reading")
         # Last, as finish() is called only for what has come so far.
         self.server.handlers.add(self)
 
@@ -1995,11 +1923,7 @@ class Connection(http.server.SimpleHTTPRequestHandler):
 
     def gives_way(self):
         """What connections are sorted by: the first one gives way to a new one."""
-        return max(self.stage, self.SENDING), self.since
-
-    def is_waited_for(self):
-        """Whether its peer waits for an answer."""
-        return self.stage in (self.FOLLOWING, self.ANSWERING)
+        return max(self.STAGES.index(self.stage), 3), self.since
 
     def is_late(self, now):
         return now > self.since + self.MAY_LAST_S.get(self.stage, float("inf"))
@@ -2007,7 +1931,7 @@ class Connection(http.server.SimpleHTTPRequestHandler):
     def finish(self):
         """Closes the connection; what its peer still sends comes first: else it gets no answer."""
         # It waits for its peer once more, and gives way as others that do.
-        self.enter(self.READING)
+        self.enter("reading")
         try:
             # What is left in the buffer goes out here, or raises where the peer has gone.
             super().finish()
@@ -2015,7 +1939,7 @@ class Connection(http.server.SimpleHTTPRequestHandler):
             socket.socket.shutdown(self.request, socket.SHUT_WR)
             self.request.settimeout(CLOSE_TIMEOUT_S)
             # What a peer sends goes on coming after drop() as well.
-            while self.stage == self.READING and self.request.recv(MAX_HEADER_BYTES):
+            while self.stage == "reading" and self.request.recv(MAX_HEADER_BYTES):
                 pass
         except OSError:
             pass  # the peer has gone
@@ -2034,14 +1958,14 @@ class Connection(http.server.SimpleHTTPRequestHandler):
 
     def drop(self):
         """Ends the connection, from any thread."""
-        self.enter(self.DROPPED)
+        self.enter("dropped")
         with suppress(OSError):
             socket.socket.shutdown(self.request, socket.SHUT_RDWR)  # not ssl's: another thread
 
     def handle_one_request(self):
         """Reads one request and answers it, an error too."""
         self.requestline = self.request_version = self.command = ""
-        self.enter(self.READING)
+        self.enter("reading")
         self.rfile.begin()
         try:
             super().handle_one_request()
@@ -2049,7 +1973,7 @@ class Connection(http.server.SimpleHTTPRequestHandler):
             self.refuse(*refusal.args, **refusal.more)
 
     def refuse(self, status, text, *headers, **more):
-        if self.stage == self.READING:  # what comes next is no request
+        if self.stage == "reading":  # what comes next is no request
             self.close_connection = True
         self.server.throttle.log(f"refused with {status} from {self.client_address[0]}: {text}: "
                                  f"{self.requestline[:200]}")
@@ -2060,7 +1984,7 @@ class Connection(http.server.SimpleHTTPRequestHandler):
         """As in http.server; whoever may not ask, or not like this, is refused."""
         if not super().parse_request():
             return False
-        self.enter(self.ANSWERING)
+        self.enter("answering")
         target = self.requestline.split()[1]
         self.route, _, self.query = ORIGIN_RE.sub("", target).partition("?")
         is_read = self.command in ("GET", "HEAD")
@@ -2100,7 +2024,7 @@ class Connection(http.server.SimpleHTTPRequestHandler):
         """The body, or nothing of a large one; all of it is part of what these MACs are of."""
         left = self.body_length()
         is_large = left > MAX_READ_BODY_BYTES
-        self.enter(self.RECEIVING_MUCH if is_large else self.RECEIVING)
+        self.enter("receiving-much" if is_large else "receiving")
         stages = [one.stage for one in list(self.server.handlers)]
         if is_large and stages.count(self.stage) > MAX_LARGE_BODIES:
             raise Refusal(503, "too many large bodies", RETRY_LATER)
@@ -2117,7 +2041,7 @@ class Connection(http.server.SimpleHTTPRequestHandler):
                 mac.update(part)
             if not is_large:
                 body += part
-        self.enter(self.ANSWERING)
+        self.enter("answering")
         return bytes(body)
 
     def send(self, status, value, *headers):
@@ -2149,13 +2073,10 @@ class Handler(Connection):
         # These two never need a signature; everything else is checked before it is parsed.
         if self.route == "/healthz":
             self.send(200, "ok")
-        elif self.route in ("", "/") and not has_repo(self.query):
+        elif self.route in ("", "/") and not re.search("(^|&)repo(=|&|$)", self.query):
             self.answer_front(self.server.served_file)
         else:
-            guard = self.server.guard
-            is_viewer = guard.is_from("VIEW_FROM", self.client_address[0])
-            if not is_viewer or self.route != "/status":
-                self.check_signature()
+            self.check_signature()
             self.answer(**parse_query(self.query))
 
     do_HEAD = do_GET
@@ -2174,7 +2095,7 @@ class Handler(Connection):
         signatures = self.headers.get_all("X-Server-Update-Signature", [])
         # As it was sent, which is what is signed.
         target = self.requestline.split()[1]
-        self.signed_at = guard.check_signature(signatures, self.command, target, int(time.time()))
+        self.signed_at = guard.check_signature(signatures, self.command, target, int(time()))
 
     def answer(self, repo=None, **others):
         """Answers what only who may ask gets an answer to."""
@@ -2237,7 +2158,7 @@ class Handler(Connection):
             return
         if repo in updater.journal.unread:
             raise Refusal(503, "its record can't be read", RETRY_LATER)
-        self.enter(self.FOLLOWING)
+        self.enter("following")
         if update is not None:
             update = int(update)
         updater.wait_for_end(repo, update, min(float(wait), MAX_WAIT_S), self.check_peer)
@@ -2274,7 +2195,7 @@ class Handler(Connection):
         with served.open() as file:
             # Should the file change meanwhile, what comes is no answer to the next request.
             self.close_connection = True
-            self.enter(self.SENDING)
+            self.enter("sending")
             # http.server answers for this very file, whatever its name leads to by now.
             self.path = f"/proc/self/fd/{file.fileno()}"
             getattr(super(), f"do_{self.command}")()
@@ -2285,7 +2206,7 @@ class Handler(Connection):
         size = os.fstat(source.fileno()).st_size
         for start in range(0, size, 65536):
             outputfile.write(source.read(min(65536, size - start)))
-            self.enter(self.SENDING)
+            self.enter("sending")
 
     def translate_path(self, path):
         return path
@@ -2315,7 +2236,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.tls = None
         self.handlers = set()
         self.tended = 0  # when late connections were last looked for
-        self.throttle = Throttle(MAX_REFUSALS_LOGGED)  # of what strangers cause
+        self.throttle = Throttle()  # of what strangers cause
         self.read_certificate()
         port = updater.settings["PORT"]
         address = str(updater.settings["BIND"] or any_address())
@@ -2374,7 +2295,7 @@ class Server(http.server.ThreadingHTTPServer):
             if isinstance(error, MemoryError) or error.errno in SHORTAGES:
                 self.throttle.log(f"can't accept a connection: {error or 'no memory'}")
                 self.drop_one()
-                time.sleep(SHORTAGE_PAUSE_S)
+                sleep(SHORTAGE_PAUSE_S)
             raise OSError("no connection")
 
     def process_request(self, request, client_address):
@@ -2385,23 +2306,16 @@ class Server(http.server.ThreadingHTTPServer):
             self.drop_one()
         # Those that were dropped are closed by their threads, which may need a moment for it.
         if room < -SPARE_FILES:
-            time.sleep(POLL_S)
+            sleep(POLL_S)
         # A socket for both families says ::ffff:192.0.2.1 for an address of IPv4.
         address = (MAPPED_RE.sub("", client_address[0]), client_address[1])
         try:
             start_thread(self.serve_connection, request, address)
-        except (RuntimeError, MemoryError) as error:
+        except (RuntimeError, MemoryError):
             # Another's thread comes free.
-            self.throttle.log(f"no thread for a connection: {error or 'no memory'}")
             self.drop_one()
-            time.sleep(SHORTAGE_PAUSE_S)
+            sleep(SHORTAGE_PAUSE_S)
             start_thread(self.serve_connection, request, address)
-
-    def finish_answers(self):
-        """Lets who waits for an answer at the end still have it."""
-        deadline = monotonic() + CLOSE_TIMEOUT_S
-        while monotonic() < deadline and any(map(Connection.is_waited_for, list(self.handlers))):
-            time.sleep(POLL_S)
 
     def drop_one(self):
         """Ends the connection that can best be spared: who has waited longest for its peer."""
@@ -2459,7 +2373,7 @@ def serve(options):
     served_file = options["FILE"] and ServedFile(options["FILE"], settings["REPOS_DIR"])
     command = find_command("slave-activate")
     # glibc keeps 40 MB of stacks that were used: better a few large ones.
-    threading.stack_size(2 << 20)
+    stack_size(2 << 20)
     end_a_thread()
     # What was queued starts once it listens.
     updater = Updater(settings, command)
@@ -2480,7 +2394,7 @@ def serve(options):
 
 def end_a_thread():
     """Has glibc load now what threads end with: later, without memory, it aborts (bpo-44434)."""
-    thread = threading.Thread(target=time.time)
+    thread = Thread(target=time)
     thread.start()
     thread.join()
 
@@ -2503,11 +2417,11 @@ def serve_until_stopped(server):
         try:
             server.serve_forever()
         except Stopped:
-            server.finish_answers()
+            sleep(LAST_ANSWERS_S)
             return
         except Exception as error:  # no memory, say: for one connection, not for all
             server.throttle.log(f"the loop begins again after {error!r}")
-            time.sleep(SHORTAGE_PAUSE_S)
+            sleep(SHORTAGE_PAUSE_S)
 
 
 def open_standard_files():
@@ -2542,11 +2456,8 @@ def be_process_1(options):
     if child == 0:
         return serve_or_say(options)
 
-    def pass_on(number, _):
-        with suppress(ProcessLookupError):
-            os.kill(child, number)
     # A signal that comes before this ends process 1, and all of the container with it.
-    handle_signals((SIGTERM, SIGINT, SIGHUP), pass_on)
+    handle_signals((SIGTERM, SIGINT, SIGHUP), lambda number, _: os.kill(child, number))
     while True:
         pid, status = os.wait()
         if pid == child:

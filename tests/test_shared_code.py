@@ -46,13 +46,30 @@ def test_a_script_can_be_read_in_one_sitting(name):
     assert (ROOT / name).stat().st_mode & stat.S_IXUSR
 
 
+def count_tokens(text):
+    """Tokens without layout; an f-string is one, as it was before Python 3.12."""
+    count = 0
+    depth = 0  # of f-strings within f-strings
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        kind = tokenize.tok_name[token.type]
+        if kind == "FSTRING_END":
+            depth -= 1
+        elif depth == 0 and token.type not in LAYOUT:
+            count += 1
+        if kind == "FSTRING_START":
+            depth += 1
+    return count
+
+
 @pytest.mark.parametrize("name", PYTHON_SCRIPTS)
 def test_python_is_that_of_3_7_and_has_short_functions(name):
     old = {} if sys.version_info < (3, 8) else {"feature_version": (3, 7)}
     tree = ast.parse(text_of(name), name, **old)
     assert ast.get_docstring(tree)
-    tokens = tokenize.generate_tokens(io.StringIO(text_of(name)).readline)
-    assert sum(token.type not in LAYOUT for token in tokens) <= MAX_TOKENS
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    described = [node for node in ast.walk(tree)
+                 if isinstance(node, documented) and ast.get_docstring(node)]
+    assert count_tokens(text_of(name)) - len(described) <= MAX_TOKENS
     if not old:
         return  # this is 3.7, which knows no ends of nodes
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]

@@ -395,7 +395,6 @@ def test_defaults(tmp_path, monkeypatch):
         "ALLOW_REPOS": None,
         "SLAVELIST": None,
         "RELAY_OPTIONS": None,
-        "VIEW_FROM": None,
         "TLS_CERT": None,
         "TLS_KEY": None,
     }
