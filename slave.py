@@ -1926,7 +1926,7 @@ class Connection(http.server.SimpleHTTPRequestHandler):
         return max(self.STAGES.index(self.stage), 3), self.since
 
     def is_late(self, now):
-        return now > self.since + self.MAY_LAST_S.get(self.stage, float("inf"))
+        return now > self.since + self.MAY_LAST_S.get(self.stage, NEVER_S)
 
     def finish(self):
         """Closes the connection; what its peer still sends comes first: else it gets no answer."""
@@ -2099,7 +2099,7 @@ class Handler(Connection):
 
     def answer(self, repo=None, **others):
         """Answers what only who may ask gets an answer to."""
-        if repo is not None:
+        if repo:
             self.server.guard.check_repo(repo)
         if self.route == "/status":
             self.answer_status(repo, **others)
@@ -2159,7 +2159,7 @@ class Handler(Connection):
         if repo in updater.journal.unread:
             raise Refusal(503, "its record can't be read", RETRY_LATER)
         self.enter("following")
-        if update is not None:
+        if update:
             update = int(update)
         updater.wait_for_end(repo, update, min(float(wait), MAX_WAIT_S), self.check_peer)
         record = updater.status(repo, update)
@@ -2293,7 +2293,7 @@ class Server(http.server.ThreadingHTTPServer):
             return super().get_request()
         except (OSError, MemoryError) as error:
             if isinstance(error, MemoryError) or error.errno in SHORTAGES:
-                self.throttle.log(f"can't accept a connection: {error or 'no memory'}")
+                self.throttle.log(f"can't accept a connection: {error!r}")
                 self.drop_one()
                 sleep(SHORTAGE_PAUSE_S)
             raise OSError("no connection")
@@ -2311,8 +2311,9 @@ class Server(http.server.ThreadingHTTPServer):
         address = (MAPPED_RE.sub("", client_address[0]), client_address[1])
         try:
             start_thread(self.serve_connection, request, address)
-        except (RuntimeError, MemoryError):
+        except (RuntimeError, MemoryError) as error:
             # Another's thread comes free.
+            self.throttle.log(f"no thread for a connection: {error!r}")
             self.drop_one()
             sleep(SHORTAGE_PAUSE_S)
             start_thread(self.serve_connection, request, address)
@@ -2323,9 +2324,9 @@ class Server(http.server.ThreadingHTTPServer):
         if handlers:
             min(handlers, key=Connection.gives_way).drop()
 
-    def serve_connection(self, request, client_address):
+    def serve_connection(self, *accepted):
         with suppress(Exception):  # no memory, not even to say so
-            self.process_request_thread(request, client_address)
+            self.process_request_thread(*accepted)
 
     def handle_error(self, request, client_address):
         """What a connection ended with: mostly its peer's doing, which is nobody's concern."""
@@ -2384,7 +2385,7 @@ def serve(options):
         log(f"no secret: who can reach the port can have repositories of {settings['BASE_URL']} "
             f"updated here; to change that, put one into {guard.path}")
     handle_signals((SIGTERM, SIGINT), updater.stop)
-    handle_signals((SIGHUP,), server.read_certificate)
+    signal.signal(SIGHUP, server.read_certificate)
     log(f"clones go live in {settings['REPOS_DIR']}, by {command}")
     log(f"listening on port {server.server_address[1]} "
         f"({settings['BIND'] or 'all addresses'}{', TLS' if server.tls else ''})")
