@@ -8,7 +8,6 @@ import pytest
 from product import PYTHON, ROOT
 from slave_support import stand_in
 
-EXAMPLES = ROOT / "docs" / "examples"
 A, B = "a" * 40, "b" * 40
 
 

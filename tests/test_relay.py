@@ -308,7 +308,9 @@ def test_a_circle_ends(start_slave, start_relay, upstream):
 # -- interrupted
 
 
-def test_kill_9_in_the_middle_and_it_goes_on(start_slave, start_relay, upstream, tmp_path):
+@pytest.fixture
+def under_way(start_slave, start_relay, upstream, tmp_path):
+    """A relay in the middle of an update of its one leaf, whose hook waits until `go` is there."""
     repo = upstream.create("hanuman", files={"a": "1"})
     leaf = start_slave()
     relay = start_relay([leaf])
@@ -316,7 +318,11 @@ def test_kill_9_in_the_middle_and_it_goes_on(start_slave, start_relay, upstream,
     hook(leaf, "pre-update", wait_at(go))
     update = relay.signal()
     wait_until((tmp_path / "go.reached").exists)
-    run = find_fleet_run(relay)
+    return repo, leaf, relay, go, update, find_fleet_run(relay)
+
+
+def test_kill_9_in_the_middle_and_it_goes_on(under_way):
+    repo, leaf, relay, go, update, run = under_way
     assert relay.json("/status?repo=hanuman")["state"] == "running"
     relay.kill()
     assert is_alive(run)
@@ -329,15 +335,8 @@ def test_kill_9_in_the_middle_and_it_goes_on(start_slave, start_relay, upstream,
     assert leaf.json("/status?repo=hanuman")["commit"] == commit
 
 
-def test_sigterm_in_the_middle_and_it_goes_on(start_slave, start_relay, upstream, tmp_path):
-    repo = upstream.create("hanuman", files={"a": "1"})
-    leaf = start_slave()
-    relay = start_relay([leaf])
-    go = tmp_path / "go"
-    hook(leaf, "pre-update", wait_at(go))
-    update = relay.signal()
-    wait_until((tmp_path / "go.reached").exists)
-    run = find_fleet_run(relay)
+def test_sigterm_in_the_middle_and_it_goes_on(under_way):
+    repo, _, relay, go, update, run = under_way
     assert relay.stop(timeout=30) == 0
     assert not is_alive(run)
     assert (record_file(relay)["state"], record_file(relay)["tries"]) == ("queued", 0)

@@ -25,6 +25,16 @@ class Mirror:
         self.activate = activate
         self.path = activate.state / "r.git"
         self.packs = self.path / "objects" / "pack"
+        self.whole_script = activate.script.read_text()
+
+    def break_script(self, old, new):
+        """Have the script say something else, until mend_script()."""
+        broken = self.whole_script.replace(old, new)
+        assert broken != self.whole_script
+        self.activate.script.write_text(broken)
+
+    def mend_script(self):
+        self.activate.script.write_text(self.whole_script)
 
     def update(self, *args):
         """An update must go live, and leave a sound mirror."""
@@ -350,17 +360,14 @@ def test_killed_in_the_middle_it_is_whole_after_the_next_update(mirror, upstream
     before = mirror.refs()
     repo.commit({"a": "2"})
     repo.git("tag", "new")
-    text = mirror.activate.script.read_text()
-    broken = text.replace(stop, "os.kill(os.getpid(), 19) or " + stop)
-    assert broken != text
-    mirror.activate.script.write_text(broken)
+    mirror.break_script(stop, "os.kill(os.getpid(), 19) or " + stop)
     process = mirror.activate.start("r")
     wait_until(lambda: stopped_below(process.pid), what="the program at '%s'" % stop)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert mirror.refs() in (before, repo.git("for-each-ref", FORMAT))
     assert mirror.git("fsck", "--full", "--no-dangling") == ""
-    mirror.activate.script.write_text(text)
+    mirror.mend_script()
     mirror.update()
     assert mirror.refs() == repo.git("for-each-ref", FORMAT)
 
@@ -371,12 +378,11 @@ def test_its_head_names_a_branch_that_is_there_at_every_moment(mirror, upstream)
     mirror.update()
     repo.git("branch", "-m", "main", "trunk")
     new = repo.commit({"a": "2"})
-    text = mirror.activate.script.read_text()
     for stop in ("replace(head_file, head)", "time.sleep(READ_S)"):
-        broken = text.replace(
+        broken = mirror.whole_script.replace(
             "        " + stop, "        os.kill(os.getpid(), 19)\n        " + stop
         )
-        assert broken != text
+        assert broken != mirror.whole_script
         broken = broken.replace(
             "if set(kept) - set(refs):\n        os.kill", "if True:\n            os.kill"
         )
@@ -389,7 +395,7 @@ def test_its_head_names_a_branch_that_is_there_at_every_moment(mirror, upstream)
         )
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    mirror.activate.script.write_text(text)
+    mirror.mend_script()
     before = (mirror.path / "packed-refs").stat().st_ino
     mirror.update()
     assert mirror.refs() == repo.git("for-each-ref", FORMAT)
@@ -428,13 +434,8 @@ def test_where_it_cannot_be_written_that_is_said_and_the_old_one_stays(mirror, u
     ran = mirror.activate.home / "ran"
     mirror.activate.hook("post-update", "touch '%s'\n" % ran)
     repo.commit({"a": "2"})
-    text = mirror.activate.script.read_text()
     write = '    with open(path + ".new", "wb") as file:\n'
-    broken = text.replace(
-        write, '    raise OSError(28, "No space left on device", path)\n' + write
-    )
-    assert broken != text
-    mirror.activate.script.write_text(broken)
+    mirror.break_script(write, '    raise OSError(28, "No space left on device", path)\n' + write)
     result = mirror.activate("r")
     assert (result.status, mirror.activate.head()) == (3, repo.head())
     assert result.last == (
@@ -443,20 +444,17 @@ def test_where_it_cannot_be_written_that_is_said_and_the_old_one_stays(mirror, u
         % (mirror.path, mirror.activate.repos)
     )
     assert (mirror.refs(), ran.exists()) == (before, True)
-    mirror.activate.script.write_text(text)
+    mirror.mend_script()
     mirror.update()
     assert mirror.refs() == repo.git("for-each-ref", FORMAT)
 
 
 def test_where_links_are_impossible_it_copies(mirror, upstream):
     repo = upstream.create("r")
-    text = mirror.activate.script.read_text()
-    broken = text.replace(
+    mirror.break_script(
         "        os.link(source, beside)\n",
         '        raise OSError(1, "Operation not permitted")\n',
     )
-    assert broken != text
-    mirror.activate.script.write_text(broken)
     mirror.update()
     inodes = {path.name: path.stat().st_ino for path in mirror.packs.iterdir()}
     repo.commit({"a": "2"})
@@ -486,13 +484,10 @@ def test_on_a_full_disk_the_old_mirror_stays(mirror, upstream, small_disk):
 
 def test_timeout_ends_it(mirror, upstream):
     repo = upstream.create("r")
-    text = mirror.activate.script.read_text()
-    broken = text.replace(
+    mirror.break_script(
         "def update(source, mirror, refs, head):\n",
         "def update(source, mirror, refs, head):\n    time.sleep(600)\n",
     )
-    assert broken != text
-    mirror.activate.script.write_text(broken)
     mirror.activate.settings["TIMEOUT"] = "3"
     result = mirror.activate("r")
     assert (result.status, mirror.activate.head()) == (3, repo.head())
@@ -504,10 +499,7 @@ def test_a_hook_that_fails_too_has_the_last_word(mirror, upstream):
     mirror.activate.hook("post-update", "echo broken; exit 5\n")
     mirror.activate.state.mkdir(parents=True)
     (mirror.activate.state / "r.git").mkdir()
-    text = mirror.activate.script.read_text()
-    broken = text.replace('os.path.join(mirror, "objects")', '"/dev/null/objects"')
-    assert broken != text
-    mirror.activate.script.write_text(broken)
+    mirror.break_script('os.path.join(mirror, "objects")', '"/dev/null/objects"')
     result = mirror.activate("r")
     assert result.status == 3
     assert "slave-activate: can't bring the mirror up to date: " in result.err
