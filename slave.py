@@ -65,11 +65,11 @@ MAX_TRIES = 3  # starts of one update; more only where the slave was stopped cle
 BACKSTOP_S = 10  # beyond TIMEOUT, by which slave-activate itself should have ended
 # A stop takes up to the sum of the next four, which a service manager must have patience for.
 KILL_AFTER_S = 10  # from TERM to KILL
-NEVER_S = float("inf")
 GIVE_UP_AFTER_S = 1  # from KILL to the insight that it can't be killed
 GIT_TIMEOUT_S = 2  # to say what is live
 LEFTOVER_S = 0.5  # for what a run that has ended left in its process group
 POLL_S = 0.02  # how often a run is asked whether it has ended
+NEVER_S = float("inf")  # for what has no time of its own to end in
 MAX_MESSAGE_CHARS = 300
 # What tells most comes first.
 OUTPUT_KINDS = ("slave-activate: ", "server-update: ", "fatal: ", "error: ", "")
@@ -1658,7 +1658,7 @@ class Updater:
                      run.last_words(), late_after_s)
 
     def end_update(self, repo, update, changes):
-        """Records how an update has ended, unless it had before, and tells of it."""
+        """Records how an update has ended, unless it had before, and logs it."""
         if changes["state"] == "failed":
             # Whatever goes wrong here, who waits must hear of an end.
             with suppress(Exception):
@@ -2067,7 +2067,7 @@ class Connection(http.server.SimpleHTTPRequestHandler):
 
 
 class Handler(Connection):
-    """What is asked, and what is answered, by http.server's flow: do_GET, do_HEAD."""
+    """What is asked, and what is answered, by http.server's flow: do_GET and its kin."""
 
     def do_GET(self):
         # These two never need a signature; everything else is checked before it is parsed.
