@@ -45,28 +45,35 @@ class Fleet:
         }
         return dict(keep, **(self.ssh.environment() if self.ssh else {}))
 
-    def start(self):
+    def settings_of(self, name, **settings):
+        """The environment that slave.py and slave-activate of that slave have."""
+        own = {
+            "BASE_URL": self.base,
+            "BIND": "127.0.0.1",
+            "PORT": "0",
+            "REPOS_DIR": os.path.join(self.work, OURS, name),
+            "HOOKS_DIR": self.work,
+        }
+        named = {f"SERVER_UPDATE_{key}": value for key, value in dict(own, **settings).items()}
+        return dict(self.environment(), **named)
+
+    def start_slave(self, name, **settings):
+        """Starts a slave.py; its port."""
+        process = subprocess.Popen(
+            (sys.executable, "-I", os.path.join(measure.PRODUCT, "slave.py")),
+            env=self.settings_of(name, **settings),
+            stderr=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
+        )
+        self.processes.append(process)
+        port = read_port(process)
+        threading.Thread(target=drain, args=(process.stderr,), daemon=True).start()
+        return port
+
+    def start(self, **settings):
         """Starts every slave.py and writes the slave list with the ports they chose."""
         os.makedirs(os.path.join(self.work, "home"))
-        ports = []
-        for name in self.names:
-            env = dict(
-                self.environment(),
-                SERVER_UPDATE_BASE_URL=self.base,
-                SERVER_UPDATE_BIND="127.0.0.1",
-                SERVER_UPDATE_PORT="0",
-                SERVER_UPDATE_REPOS_DIR=os.path.join(self.work, OURS, name),
-                SERVER_UPDATE_HOOKS_DIR=self.work,
-            )
-            process = subprocess.Popen(
-                (sys.executable, "-I", os.path.join(measure.PRODUCT, "slave.py")),
-                env=env,
-                stderr=subprocess.PIPE,
-                stdin=subprocess.DEVNULL,
-            )
-            self.processes.append(process)
-            ports.append(read_port(process))
-            threading.Thread(target=drain, args=(process.stderr,), daemon=True).start()
+        ports = [self.start_slave(name, **settings) for name in self.names]
         with open(self.list, "w", encoding="ascii") as handle:
             handle.writelines(f"127.0.0.1:{port}\n" for port in ports)
 
