@@ -53,6 +53,7 @@ SETUPS = {
     "fetch, worktree add, symlink (git-sync)": 'git clone -q --bare "$BARE" "$DIR/store"'
     + GIT_SYNC,
 }
+MANY_FILES = "files-50000"  # all situations and contestants are with --all
 # further points of the curves
 CURVES = (
     ("files-500", ("files",)),
@@ -215,9 +216,9 @@ def measure_growth(contest, results, title, plot):
     """One point of the curves: an update by one small commit."""
     for who in GROWTH:
         contest.set_up(who)
-    group = results.group(
-        f"{title}: one small commit", OURS, plot=plot, kind=contest.kind, situation="growth"
-    )
+    situation = "one small commit"
+    facts = {"plot": plot, "kind": contest.kind, "situation": situation}
+    group = results.group(f"{title}: {situation}", OURS, **facts)
     contest.take_turns(group, GROWTH, 1)
     shutil.rmtree(os.path.join(contest.work, "clones", contest.kind))
 
@@ -248,8 +249,11 @@ def measure_all(args, server, results):
     rows = [
         ("tiny", "A tiny repository", situations[:2]),
         ("middle", "A middle repository", situations if args.all else situations[:2]),
-        ("files-50000", "A repository of many files", situations if args.all else situations[1:2]),
     ]
+    curves = [*CURVES, (MANY_FILES, ("files",))]
+    if args.all:
+        rows.append((MANY_FILES, "A repository of many files", situations))
+        curves.pop()
     if args.quick:
         rows = [("smoke", "A repository for a quick look", situations[:2])]
     for kind, name, which in rows:
@@ -258,7 +262,7 @@ def measure_all(args, server, results):
         plot = {"objects": objects} if kind == "middle" else {"files": files}
         contest, title = Contest(args, server, kind), describe(name, bare)
         measure_updates(contest, results, title, which, plot)
-    for kind, axes in () if args.quick else CURVES:
+    for kind, axes in () if args.quick else curves:
         bare = make_upstream(args, kind)
         numbers = dict(zip(("files", "objects"), facts(bare)))
         plot = {axis: numbers[axis] for axis in axes}
