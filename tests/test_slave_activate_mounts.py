@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 from activate_support import Activate, git, in_mounts
+from product import SHELLS
 
 KINDS = {
     "a bind of the same filesystem": "mount --bind '{volume}' '{at}'",
@@ -65,6 +66,59 @@ def test_a_path_that_the_kernel_writes_in_another_way(
     assert (result.status, (volume / "precious").exists()) == (1, True), result
     assert str(activate.live() / "uploads") in result.last
     assert activate.good("r")
+
+
+@pytest.mark.parametrize("shell", ["dash", "busybox ash", "bash"])
+def test_a_folder_that_is_written_with_two_slashes(tmp_path, upstream, volume, shell):
+    """bash keeps the second one, and no mount's path begins with it."""
+    upstream.create("r", {"f": "1", "uploads/.keep": ""})
+    activate = Activate(tmp_path, upstream.base_path)
+    activate.good("r")
+    activate.settings["REPOS_DIR"] = "/%s//" % activate.repos
+    mount = "mount --bind '%s' '%s/uploads'" % (volume, activate.live())
+    result = activate("r", prefix=in_mounts(mount) + shell.split())
+    assert "a filesystem is mounted at '%s/uploads'" % activate.live() in result.last
+    assert (result.status, (volume / "precious").exists()) == (1, True), result
+    result = activate("r", prefix=shell.split())
+    assert (result.status, "can't reuse" in result.err) == (0, False), result
+
+
+# A root folder of our own, in which all that the host's has is mounted.
+OWN_ROOT = """mkdir '{root}'
+for path in /*; do
+    if [ -L "$path" ]; then
+        cp -a "$path" '{root}/'
+    elif [ -d "$path" ]; then
+        mkdir '{root}'"$path"
+        mount --rbind "$path" '{root}'"$path"
+    fi
+done
+set -- chroot '{root}' sh -c '"$@" && mount --bind "{volume}" /r/uploads && "$@"' sh "$@"
+"""
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_clones_in_the_root_folder(tmp_path, upstream, volume, shell):
+    """REPOS_DIR=/, as in a container."""
+    upstream.create("r", {"f": "1", "uploads/.keep": ""})
+    activate = Activate(tmp_path, upstream.base_path)
+    activate.settings["REPOS_DIR"] = "/"
+    own_root = OWN_ROOT.format(root=tmp_path / "root", volume=volume)
+    result = activate("r", prefix=in_mounts(own_root) + shell.split())
+    assert "a filesystem is mounted at '/r/uploads'" in result.last, result
+    assert (result.status, (volume / "precious").exists()) == (1, True), result
+
+
+def test_a_link_to_a_path_with_a_control_character(tmp_path, upstream):
+    """What is mounted in it could not be told."""
+    upstream.create("r", {"f": "1"})
+    odd = tmp_path / "a\nb"
+    odd.mkdir()
+    link = tmp_path / "link"
+    link.symlink_to(odd)
+    result = Activate(tmp_path, upstream.base_path, repos=link)("r")
+    assert (result.status, "control character" in result.last) == (1, True), result
+    assert not (odd / "r").exists()
 
 
 def test_mounts_elsewhere_are_no_obstacle(activate, upstream, volume):
