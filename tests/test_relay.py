@@ -9,6 +9,7 @@ from signal import SIGKILL
 
 import pytest
 from farm import refusing_entry
+from forge_support import push
 from processes import is_alive, kill, processes_below, rss_kib, wait_until
 from slave_support import (
     SECRET,
@@ -20,7 +21,9 @@ from slave_support import (
     start_by_hand,
 )
 
-STORM = 200  # signals
+STORM = 200  # signals or pushes
+STORM_S = 10  # of pushes
+STORM_LEAVES = 8
 FLEET = 100000  # slaves beneath
 # A server-update that notes how it was called, and then does as it is told.
 STAND_IN = """#!/bin/sh
@@ -28,6 +31,11 @@ case $1 in --dry-run) echo web1; echo web2; echo web3; exit ;; esac
 echo "$*" >>"$HOME/calls"
 echo "$SERVER_UPDATE_BY|$SERVER_UPDATE_NOTE|$SERVER_UPDATE_VIA" >>"$HOME/calls"
 %s
+"""
+# A server-update that notes its runs around those of the real one beside it.
+COUNTED = """#!/bin/sh
+echo begins >>"$HOME/fleet-runs"
+"$0.real" "$@"
 """
 START = '{"type": "start", "slaves": 7}'
 SUMMARY = '{"type": "summary", "outcomes": {"live": 3}}'
@@ -411,6 +419,51 @@ def test_a_storm_of_signals_costs_few_runs(start_slave, start_relay, upstream):
     runs = leaf.log().count("was asked for by") - 1
     # A busy machine may be three times as quick later on.
     assert runs <= 2 + 3 * (took / run_s), (took, run_s)
+
+
+@pytest.mark.slow
+def test_a_storm_of_pushes_costs_few_fleet_runs(start_slave, start_relay, upstream, tmp_path):
+    repo = upstream.create("hanuman", files={"a": "0"})
+    secret = make_secret(tmp_path / "secret", SECRET)
+    leaves = [start_slave(SECRET_FILE=secret) for _ in range(STORM_LEAVES)]
+    relay = start_relay(leaves, SECRET_FILE=secret)
+    program = relay.bin / "server-update"
+    program.rename(str(program) + ".real")
+    put(program, COUNTED)
+
+    def ask(slave, query, status=200):
+        target = "/status?repo=hanuman" + query
+        return slave.json(target, status, headers=signature(target))
+
+    def wait_end(update):
+        def ended():
+            return ask(relay, "&update=%d&wait=30" % update)["state"] == "live"
+
+        wait_until(ended, 60, what="the end of update %d" % update)
+
+    assert push(relay, after=repo.head())[0] == 202
+    wait_end(ask(relay, "")["update"])
+    commits = [repo.commit({"a": str(number)}, branch="author") for number in range(STORM)]
+    began = time.monotonic()
+    updates = []
+    for number, last in enumerate(commits):
+        time.sleep(max(0, began + STORM_S * number / STORM - time.monotonic()))
+        new = repo.path / "new"
+        new.write_text(last + "\n")
+        new.rename(repo.path / "refs/heads/main")
+        status, said = push(relay, after=last)
+        assert status == 202
+        updates.append(said["update"])
+    took = time.monotonic() - began
+    wait_end(updates[-1])
+    assert [ask(slave, "")["commit"] for slave in [relay, *leaves]] == [last] * (1 + len(leaves))
+    assert ask(relay, "")["beneath"] == {"live": len(leaves)}
+    for update in updates:
+        assert ask(relay, "&update=%d" % update)["state"] == "live"
+    told = ask(relay, "&history=1")["updates"]
+    run_s = min(record["finished"] - record["started"] for record in told)
+    fleet_runs = len((relay.home / "fleet-runs").read_text().splitlines()) - 1  # before the storm
+    assert 1 <= fleet_runs <= 2 + took / run_s, (fleet_runs, took, run_s)
 
 
 def test_what_runs_beneath_takes_no_place(start_relay, tmp_path):
