@@ -1821,6 +1821,11 @@ class ServedFile:
 
 # -- handler: one connection ----------------------------------------------------
 
+# What a connection is at: who waits for its peer gives way to a new one before all others.
+WAITING, RECEIVING_MUCH, FOLLOWING, ANSWERING, DROPPED = range(5)
+Stage = namedtuple("Stage", "rank since deadline")  # times of monotonic()
+
+
 class HeaderReader:
     """Reads headers line by line, as http.server asks for them, within bounds."""
 
@@ -1896,16 +1901,6 @@ class Connection(http.server.SimpleHTTPRequestHandler):
     rbufsize = 512  # small, as there may be MAX_CONNECTIONS of them
     wbufsize = 2048  # one write an answer
 
-    # What a connection is at. Up to sending it waits for its peer, and gives way to a new one
-    # before those that are at something later: see Server.drop_one.
-    STAGES = ("reading", "receiving", "receiving-much", "sending",
-              "following", "answering", "dropped")
-    MAY_LAST_S = {
-        "reading": HEADER_TIMEOUT_S,
-        "receiving": BODY_TIMEOUT_S,
-        "receiving-much": BODY_TIMEOUT_S,
-    }
-
     def setup(self):
         if self.server.tls:
             # The handshake is part of the first read, in this thread and under its deadline.
@@ -1913,25 +1908,19 @@ class Connection(http.server.SimpleHTTPRequestHandler):
                                                        do_handshake_on_connect=False)
         super().setup()
         self.rfile = HeaderReader(self.rfile)
-        self.enter("reading")
+        self.enter(WAITING, HEADER_TIMEOUT_S)
         # Last, as finish() is called only for what has come so far.
         self.server.handlers.add(self)
 
-    def enter(self, stage):
-        self.stage = stage
-        self.since = monotonic()
-
-    def gives_way(self):
-        """What connections are sorted by: the first one gives way to a new one."""
-        return max(self.STAGES.index(self.stage), 3), self.since
-
-    def is_late(self, now):
-        return now > self.since + self.MAY_LAST_S.get(self.stage, NEVER_S)
+    def enter(self, rank, may_last_s=NEVER_S):
+        """Begins a stage; once that has lasted too long the server drops the connection."""
+        now = monotonic()
+        self.stage = Stage(rank, now, now + may_last_s)
 
     def finish(self):
         """Closes the connection; what its peer still sends comes first: else it gets no answer."""
         # It waits for its peer once more, and gives way as others that do.
-        self.enter("reading")
+        self.enter(WAITING, HEADER_TIMEOUT_S)
         try:
             # What is left in the buffer goes out here, or raises where the peer has gone.
             super().finish()
@@ -1939,7 +1928,7 @@ class Connection(http.server.SimpleHTTPRequestHandler):
             socket.socket.shutdown(self.request, socket.SHUT_WR)
             self.request.settimeout(CLOSE_TIMEOUT_S)
             # What a peer sends goes on coming after drop() as well.
-            while self.stage == "reading" and self.request.recv(MAX_HEADER_BYTES):
+            while self.stage.rank == WAITING and self.request.recv(MAX_HEADER_BYTES):
                 pass
         except OSError:
             pass  # the peer has gone
@@ -1958,14 +1947,14 @@ class Connection(http.server.SimpleHTTPRequestHandler):
 
     def drop(self):
         """Ends the connection, from any thread."""
-        self.enter("dropped")
+        self.enter(DROPPED)
         with suppress(OSError):
             socket.socket.shutdown(self.request, socket.SHUT_RDWR)  # not ssl's: another thread
 
     def handle_one_request(self):
         """Reads one request and answers it, an error too."""
         self.requestline = self.request_version = self.command = ""
-        self.enter("reading")
+        self.enter(WAITING, HEADER_TIMEOUT_S)
         self.rfile.begin()
         try:
             super().handle_one_request()
@@ -1973,7 +1962,7 @@ class Connection(http.server.SimpleHTTPRequestHandler):
             self.refuse(*refusal.args, **refusal.more)
 
     def refuse(self, status, text, *headers, **more):
-        if self.stage == "reading":  # what comes next is no request
+        if self.stage.rank == WAITING:  # what comes next is no request
             self.close_connection = True
         self.server.throttle.log(f"refused with {status} from {self.client_address[0]}: {text}: "
                                  f"{self.requestline[:200]}")
@@ -1984,7 +1973,7 @@ class Connection(http.server.SimpleHTTPRequestHandler):
         """As in http.server; whoever may not ask, or not like this, is refused."""
         if not super().parse_request():
             return False
-        self.enter("answering")
+        self.enter(ANSWERING)
         target = self.requestline.split()[1]
         self.route, _, self.query = ORIGIN_RE.sub("", target).partition("?")
         is_read = self.command in ("GET", "HEAD")
@@ -2024,9 +2013,9 @@ class Connection(http.server.SimpleHTTPRequestHandler):
         """The body, or nothing of a large one; all of it is part of what these MACs are of."""
         left = self.body_length()
         is_large = left > MAX_READ_BODY_BYTES
-        self.enter("receiving-much" if is_large else "receiving")
-        stages = [one.stage for one in list(self.server.handlers)]
-        if is_large and stages.count(self.stage) > MAX_LARGE_BODIES:
+        self.enter(RECEIVING_MUCH if is_large else WAITING, BODY_TIMEOUT_S)
+        ranks = [one.stage.rank for one in list(self.server.handlers)]
+        if ranks.count(RECEIVING_MUCH) > MAX_LARGE_BODIES and is_large:
             raise Refusal(503, "too many large bodies", RETRY_LATER)
         if "Expect" in self.headers and self.request_version != "HTTP/1.0":
             self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -2041,7 +2030,7 @@ class Connection(http.server.SimpleHTTPRequestHandler):
                 mac.update(part)
             if not is_large:
                 body += part
-        self.enter("answering")
+        self.enter(ANSWERING)
         return bytes(body)
 
     def send(self, status, value, *headers):
@@ -2158,7 +2147,7 @@ class Handler(Connection):
             return
         if repo in updater.journal.unread:
             raise Refusal(503, "its record can't be read", RETRY_LATER)
-        self.enter("following")
+        self.enter(FOLLOWING)
         if update:
             update = int(update)
         updater.wait_for_end(repo, update, min(float(wait), MAX_WAIT_S), self.check_peer)
@@ -2195,7 +2184,6 @@ class Handler(Connection):
         with served.open() as file:
             # Should the file change meanwhile, what comes is no answer to the next request.
             self.close_connection = True
-            self.enter("sending")
             # http.server answers for this very file, whatever its name leads to by now.
             self.path = f"/proc/self/fd/{file.fileno()}"
             getattr(super(), f"do_{self.command}")()
@@ -2205,8 +2193,8 @@ class Handler(Connection):
         # No more than was announced, should it grow meanwhile.
         size = os.fstat(source.fileno()).st_size
         for start in range(0, size, 65536):
+            self.enter(WAITING)
             outputfile.write(source.read(min(65536, size - start)))
-            self.enter("sending")
 
     def translate_path(self, path):
         return path
@@ -2280,7 +2268,7 @@ class Server(http.server.ThreadingHTTPServer):
             return
         self.tended = now
         for handler in list(self.handlers):
-            if handler.is_late(now):
+            if handler.stage.deadline < now:
                 handler.drop()
         self.throttle.tell(int(now))
         self.updater.tend()
@@ -2322,7 +2310,7 @@ class Server(http.server.ThreadingHTTPServer):
         """Ends the connection that can best be spared: who has waited longest for its peer."""
         handlers = list(self.handlers)
         if handlers:
-            min(handlers, key=Connection.gives_way).drop()
+            min(handlers, key=lambda handler: handler.stage).drop()
 
     def serve_connection(self, *accepted):
         with suppress(Exception):  # no memory, not even to say so
