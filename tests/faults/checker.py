@@ -10,7 +10,7 @@ from fleet import REPO
 from processes import processes_below, wait_until
 
 ENDED = ("live", "failed")
-STATE_FILES = {REPO + ".json", REPO + ".lock", "relay-id"}
+STATE_FILES = {REPO + ".json", REPO + ".lock", "relay-id", "signed"}
 TRASH = "trash"  # has what could not be removed, until it can be
 LISTENS = "0A"  # in /proc/net/tcp
 CALM_S = 30  # the time in which everything under way has ended once the faults are over

@@ -9,6 +9,7 @@ import threading
 import time
 
 ACCEPTED = re.compile(rb'^HTTP/1\.[01] 202 .*?"update": ?(\d+)', re.DOTALL)
+LENGTH = re.compile(rb"\r\nContent-Length: ?(\d+)\r\n", re.IGNORECASE)
 MAX_REQUEST_BYTES = 64 * 1024
 BLACKHOLE_S = 30
 
@@ -89,6 +90,10 @@ class Proxy:
             if not chunk:
                 raise EOFError
             request += chunk
+        head, _, body = request.partition(b"\r\n\r\n")
+        length = LENGTH.search(head + b"\r\n")
+        if length:
+            request += await reader.readexactly(max(0, int(length.group(1)) - len(body)))
         return request
 
     async def _ask(self, request, reader, writer, limit):

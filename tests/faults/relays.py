@@ -1,36 +1,56 @@
-"""A fleet with two tiers of relays, under faults: what the top one has answered with 202 is
-accounted for on every slave beneath.
+"""A fleet with two tiers of relays, under faults: each push that the top one has answered with 202
+is accounted for on every slave beneath.
 
-Signals go to the top relay alone. Beneath it are a leaf and another relay, which has leaves of its
-own; all of them are reached through proxies, as the network between them breaks, too.
+A forge tells the top relay alone. Beneath it are a leaf and another relay, which has leaves of its
+own; all of them are reached through proxies, as the network between them breaks, too. All have one
+secret.
 """
+import http.client
+import json
 import random
 import signal
 
 from checker import Violation, check_slave, check_tree, wait_for_calm
 from fleet import REPO, FleetSlave, History
+from forge_support import encode, github, github_headers, make_key
 from processes import kill, processes_below
 from proxy import ProxyLoop
 from rounds import mend_everything, run_events
-from schedule import FAULTS, Event, ask
+from schedule import FAULTS, Event
+from slave_support import SECRET, make_secret, signature
 from upstream import HttpUpstream, Upstream
 
 LEAVES = 3  # one beneath the top relay, the others beneath the low one
-EVENTS = 10  # beside the signals
-SIGNALS = 8
+EVENTS = 12  # beside the pushes
+PUSHES = 8
 SPREAD_S = 4
 LOW_OPTIONS = "--timeout 5 --connect-timeout 1 --retries 1"
 TOP_OPTIONS = "--timeout 12 --connect-timeout 1 --retries 1"
 
 
-def signal_top(fleet, slave, rng):
-    """Somebody pushes, and the top relay is told, if it is up."""
-    fleet.history.push()
-    ask(fleet.top)
+def announce(fleet, commit):
+    """What GitHub sends at a push: the update's id, or None where no 202 has come."""
+    body = encode(github(after=commit))
+    forge = http.client.HTTPConnection("127.0.0.1", fleet.top.proxy.port, timeout=10)
+    try:
+        headers = github_headers(make_key(REPO), body)
+        forge.request("POST", "/hook?repo=" + REPO, body, headers)
+        answer = forge.getresponse()
+        said = json.loads(answer.read().decode("ascii"))
+        return said["update"] if answer.status == 202 else None
+    except (OSError, http.client.HTTPException, ValueError):
+        return None
+    finally:
+        forge.close()
 
 
-def kill_fleet_run(fleet, slave, rng):
-    """kill -9 of a relay's server-update, if one runs."""
+def push_to_top(fleet, slave, rng):
+    """Somebody pushes, and the forge tells the top relay, if it can be reached."""
+    announce(fleet, fleet.history.push())
+
+
+def signal_fleet_runs(fleet, signum):
+    """A signal to each server-update that a relay runs."""
     for relay in (fleet.top, fleet.low):
         for pid in processes_below(relay.folder):
             try:
@@ -39,13 +59,47 @@ def kill_fleet_run(fleet, slave, rng):
             except OSError:
                 continue
             if is_run:
-                kill(pid, signal.SIGKILL)
+                kill(pid, signum)
+
+
+def kill_fleet_runs(fleet, slave, rng):
+    """kill -9 of the relays' server-update, where one runs."""
+    signal_fleet_runs(fleet, signal.SIGKILL)
+
+
+def stop_fleet_runs(fleet, slave, rng):
+    """SIGTERM of the relays' server-update, where one runs."""
+    signal_fleet_runs(fleet, signal.SIGTERM)
+
+
+def reset_everywhere(fleet, slave, rng):
+    """Each connection is reset: of the forge, of relays, to slaves, to upstream."""
+    for one in fleet.slaves:
+        one.proxy.mode = "reset"
+    fleet.http.fault = "reset"
+
+    def mend():
+        for one in fleet.slaves:
+            one.proxy.mode = None
+        fleet.http.fault = None
+    return mend
 
 
 KINDS = ("kill_slave", "kill_everything", "kill_a_child", "stop_cleanly", "cut_network",
          "reset_clients", "fail_in_passing", "push")
-RELAY_FAULTS = dict({kind: FAULTS[kind] for kind in KINDS}, kill_fleet_run=kill_fleet_run,
-                    signal_top=signal_top)
+OWN_FAULTS = (push_to_top, kill_fleet_runs, stop_fleet_runs, reset_everywhere)
+OF_THE_FLEET = {fault.__name__ for fault in OWN_FAULTS} | {"push", "fail_in_passing"}
+RELAY_FAULTS = dict({kind: FAULTS[kind] for kind in KINDS},
+                    **{fault.__name__: fault for fault in OWN_FAULTS})
+
+
+class SignedSlave(FleetSlave):
+    """A slave with a secret, which whoever asks it knows."""
+
+    def get(self, path, headers=None, method="GET", timeout=40):
+        """One signed request, not by way of the proxy: (status, headers, body as bytes)."""
+        signed = dict(signature(path, method=method), **(headers or {}))
+        return super().get(path, signed, method, timeout)
 
 
 class RelayFleet:
@@ -59,6 +113,7 @@ class RelayFleet:
         self.history.push()
         self.history.push("side")
         self.loop = ProxyLoop()
+        self.secret = make_secret(folder / "secret", SECRET)
         leaves = [self.add("leaf-%d" % number) for number in range(LEAVES)]
         self.low = self.add("low", leaves[1:], LOW_OPTIONS)
         self.top = self.add("top", [leaves[0], self.low], TOP_OPTIONS)
@@ -66,12 +121,12 @@ class RelayFleet:
 
     def add(self, name, beneath=(), options=""):
         """A slave, with others beneath it perhaps."""
-        settings = {}
+        settings = {"SECRET_FILE": self.secret}
         if beneath:
             slavelist = self.folder / (name + ".txt")
             slavelist.write_text("".join(slave.proxy.entry + "\n" for slave in beneath))
-            settings = {"SLAVELIST": slavelist, "RELAY_OPTIONS": options}
-        return FleetSlave(self.folder / name, self.http.url, self.loop, settings=settings)
+            settings.update(SLAVELIST=slavelist, RELAY_OPTIONS=options)
+        return SignedSlave(self.folder / name, self.http.url, self.loop, settings=settings)
 
     def close(self):
         for slave in self.slaves:
@@ -83,8 +138,8 @@ class RelayFleet:
 def make_relay_schedule(seed):
     """The events of a round, in order: a pure function of its seed."""
     rng = random.Random(seed)
-    kinds = [rng.choice(sorted(set(RELAY_FAULTS) - {"signal_top"})) for _ in range(EVENTS)]
-    kinds += ["signal_top"] * SIGNALS
+    kinds = [rng.choice(sorted(set(RELAY_FAULTS) - {"push_to_top"})) for _ in range(EVENTS)]
+    kinds += ["push_to_top"] * PUSHES
     return sorted(Event(round(rng.uniform(0, SPREAD_S), 3), kind, rng.randrange(LEAVES + 2),
                         round(rng.uniform(0.1, 2), 3), rng.randrange(2 ** 32)) for kind in kinds)
 
@@ -117,7 +172,8 @@ def check_beneath(fleet, record):
 def check_all_good(fleet):
     """One more push, and nothing is left of the faults."""
     commit = fleet.history.push()
-    record = fleet.top.wait_update(REPO, fleet.top.signal(REPO))
+    update = announce(fleet, commit)
+    record = fleet.top.wait_update(REPO, update)
     if (record["commit"], record["beneath"]) != (commit, {"live": LEAVES + 1}):
         yield "the next push did not put all right: %s" % record
     for slave in fleet.slaves:

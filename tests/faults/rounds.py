@@ -8,7 +8,8 @@ from schedule import FAULTS, give_back, make_schedule, restart
 
 EVENTS = 12
 SPREAD_S = 1.5
-WITHOUT_SLAVE = ("push", "force_push", "signal_top", "kill_fleet_run")
+WITHOUT_SLAVE = ("push", "force_push", "push_to_top", "kill_fleet_runs", "stop_fleet_runs",
+                 "reset_everywhere")
 # Faults after which an update of that slave may honestly end as failed; break_upstream: of any.
 EXCUSES = {"kill_a_child", "kill_slave", "kill_everything", "edit_times", "break_record",
            "mount_volume", "hide_record", "remove_state", "limit_files"}
