@@ -6,7 +6,7 @@ import socket
 import time
 
 import pytest
-from activate_support import Activate, snapshot
+from activate_support import Activate, as_another_user, snapshot
 from processes import wait_until
 from product import daily
 
@@ -36,7 +36,7 @@ def forget(http_upstream):
 
 
 @pytest.mark.parametrize(
-    "fault", daily(2, ["503", "reset", "cut:10", "500", "502", "429", "garbage"])
+    "fault", daily(2, ["503", "reset", "cut:10", "500", "502", "429", "garbage", "200"])
 )
 @pytest.mark.parametrize("request_number", [1, 2, PACKS])
 def test_a_hiccup_costs_no_whole_clone(activate, repo, http_upstream, fault, request_number):
@@ -53,6 +53,55 @@ def test_a_hiccup_costs_no_whole_clone(activate, repo, http_upstream, fault, req
     assert (result.err.count(AGAIN), result.err.count(SLOW)) == (int(not is_unseen), 0), result
     assert http_upstream.bytes_sent < 20000
     assert activate.leftovers() == []
+
+
+@pytest.mark.parametrize("fault,request_number", [("200", 1), ("204", PACKS)])
+def test_an_answer_that_is_not_gits(activate, repo, http_upstream, fault, request_number):
+    """A page of a proxy, say, which has 200, too."""
+    activate.good("r")
+    repo.commit({"f": "2"})
+    forget(http_upstream)
+    http_upstream.faults_at = {request_number: fault}
+    result = activate("r")
+    assert (result.status, result.err.count(AGAIN), result.err.count(SLOW)) == (0, 1, 0), result
+    assert http_upstream.bytes_sent < 20000
+
+
+ODD_FILES = {
+    "a link to what is too long": {"l": ("120000", "x" * 5000)},
+    "submodules that git can't read": {".gitmodules": "[[["},
+}
+
+
+@pytest.mark.parametrize("kind", ODD_FILES)
+def test_what_upstream_has_is_no_fault_of_the_old_clone(activate, repo, http_upstream, kind):
+    first, _ = activate.good("r")
+    repo.commit(ODD_FILES[kind])
+    forget(http_upstream)
+    result = activate("r")
+    assert (result.status, result.err.count(AGAIN), result.err.count(SLOW)) == (1, 0, 0), result
+    assert (http_upstream.bytes_sent < 20000, activate.head()) == (True, first)
+
+
+@pytest.mark.parametrize("what", ["HEAD:f", "HEAD^{tree}"])
+def test_a_tag_of_what_is_no_commit(activate, repo, http_upstream, what):
+    first, _ = activate.good("r")
+    repo.git("tag", "odd", what)
+    result = activate("r", "odd")
+    assert (result.status, result.err.count(AGAIN), result.err.count(SLOW)) == (1, 0, 0), result
+    assert (", not a commit" in result.last, activate.head()) == (True, first)
+
+
+def test_an_upstream_of_another_user(activate, repo, upstream):
+    """git takes nothing from another user's folder, unless it is told to."""
+    activate.settings["BASE_URL"] = upstream.base_path
+    user = as_another_user(activate)
+    result = activate("r", prefix=user)
+    assert result.status == 0, result
+    (activate.home / ".gitconfig").unlink()
+    result = activate("r", prefix=user)
+    assert (result.status, result.err.count(AGAIN)) == (1, 0), result
+    assert "dubious ownership" in result.last and "safe.directory" in result.last
 
 
 @pytest.mark.parametrize("old", ["there", "not there"])
