@@ -31,6 +31,7 @@ import fcntl
 import fnmatch
 import hmac
 import http.server
+import io
 import ipaddress
 import json
 import re
@@ -96,10 +97,10 @@ LAST_ANSWERS_S = 0.3  # at the end, for those who still wait
 PEER_S = 1  # how often is looked whether who follows an update is still there
 MAX_LINE_BYTES = 8192  # of a request, and of what slave-activate says
 MAX_HEADER_BYTES = 16384
+HEADER_BUFFER_BYTES = 512  # small, as there may be so many connections:
 MAX_CONNECTIONS = 256  # fewer where files are short, as these are kept for all else:
 RESERVED_FILES = 32
 SPARE_FILES = 4  # connections that may be open beyond that, for as long as they end
-SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 SHORTAGE_PAUSE_S = 0.1
 MAX_REFUSALS_LOGGED = 10  # a second
 MAX_WAIT_S = 30
@@ -1292,21 +1293,19 @@ class Nonces:
 
     def __init__(self):
         self.lock = Lock()
-        self.taken = set()
-        self.newest = 0  # time of one
+        self.taken = {}  # {nonce: when it was signed}
         self.floor = 0  # those that were signed by then are forgotten
 
     def take(self, nonce, when):
         """Refusal where it was taken before, or may have been."""
         with self.lock:
             if len(self.taken) >= MAX_NONCES:
+                self.floor = max(self.taken.values())
                 self.taken.clear()
-                self.floor = self.newest
             check_time(when, self.floor)
             if nonce in self.taken:
                 raise Refusal(401, "signature missing or wrong")
-            self.taken.add(nonce)
-            self.newest = max(self.newest, when)
+            self.taken[nonce] = when
 
 
 @contextmanager
@@ -1404,20 +1403,14 @@ class Hooks:
                 continue
             if folder != f"{settings['CONFIG']}/hooks":
                 os.stat(folder)
-            self.look(folder)
-
-    def look(self, folder):
-        """Whether there is one; OSError where that can't be known."""
-        is_there = not is_absent(f"{folder}/pre-update")
-        if is_there:
-            self.there.add(folder)
-        return is_there
+            self.check(folder)
 
     def check(self, folder):
-        with can("look at the pre-update hook"):
-            is_there = self.look(folder)
-        # Who removes it on purpose has to say so, by a restart.
-        if folder in self.there and not is_there:
+        """Refusal where there is none by now; OSError where that can't be known."""
+        if not is_absent(f"{folder}/pre-update"):
+            self.there.add(folder)
+        elif folder in self.there:
+            # Who removes it on purpose has to say so, by a restart.
             raise Refusal(503, "the pre-update hook is gone; if that is meant, restart the slave",
                           RETRY_LATER)
 
@@ -1527,7 +1520,8 @@ class Updater:
         return own_setting(self.settings, key, repo)
 
     def check_hook(self, repo):
-        self.hooks.check(self.setting("HOOKS_DIR", repo))
+        with can("look at the pre-update hook"):
+            self.hooks.check(self.setting("HOOKS_DIR", repo))
 
     def tree(self, repo):
         """Where a repository's clone is, or would be."""
@@ -1754,27 +1748,23 @@ class Updater:
 
 # -- served file ------------------------------------------------------------------
 
-def find_clone(path, repos):
+def find_clone(path, repos, known=None):
     """The clone that a path leads into, by links too; None if into none.
 
-    That is one in `repos`, or the innermost folder with a .git in it."""
-    clone = None
-    is_outside = True  # until a link in a clone is followed, which may lead to any other
+    That is one in `repos`, or the innermost folder with a .git in it; but no other one of these
+    once a link in the clone `known` has been followed, which may lead to any."""
+    clone = known
     here = "/"
     parts = path.split("/")
-    for _ in range(1000):  # links may go round in a circle
-        if not parts:
-            break
+    while parts:
         # Step by step, as a link in the clone itself must not be followed unseen.
         here = os.path.normpath(join(here, parts.pop(0)))
         if dirname(here) == repos:
             return here
         if os.path.islink(here):
-            is_outside = not clone
-            target = join(dirname(here), os.readlink(here))
-            parts = target.split("/") + parts
-            here = "/"
-        elif is_outside and lexists(f"{here}/.git"):
+            target = join(dirname(here), os.readlink(here), *parts)
+            return find_clone(target, repos, clone)
+        if not known and lexists(f"{here}/.git"):
             clone = here
     return clone
 
@@ -1800,11 +1790,12 @@ class ServedFile:
 
         Where it lies in a clone, no link of that clone leads out of it."""
         try:
-            clone = find_clone(self.path, self.repos)
             for _ in range(3):
-                # Opened so, nothing happens to a device or a FIFO, and nothing is waited for.
+                # Opened so, nothing happens to a device or a FIFO, and nothing is waited for;
+                # it fails for links that go round in a circle.
                 handle = os.open(self.path, os.O_PATH)
                 try:
+                    clone = find_clone(self.path, self.repos)
                     name = f"/proc/self/fd/{handle}"
                     is_shown = not clone or is_content(os.readlink(name), realpath(clone))
                     if is_shown and stat.S_ISREG(os.fstat(handle).st_mode):
@@ -1821,17 +1812,14 @@ class ServedFile:
 
 # -- handler: one connection ----------------------------------------------------
 
-# What a connection is at: who waits for its peer gives way to a new one before all others.
-WAITING, RECEIVING_MUCH, FOLLOWING, ANSWERING, DROPPED = range(5)
+# What a connection is at: who waits for its peer gives way to a new one before all others. Those
+# that are being answered mostly follow an update, and may come again.
+WAITING, RECEIVING_MUCH, ANSWERING, DROPPED = range(4)
 Stage = namedtuple("Stage", "rank since deadline")  # times of monotonic()
 
 
-class HeaderReader:
+class HeaderReader(io.BufferedReader):
     """Reads headers line by line, as http.server asks for them, within bounds."""
-
-    def __init__(self, file):
-        self.file = file
-        self.begin()
 
     def begin(self):
         """A new header begins."""
@@ -1841,7 +1829,7 @@ class HeaderReader:
     def readline(self, _limit):
         """The next line; ConnectionError where the peer leaves in the middle of a header."""
         # One byte more than is allowed tells a line that is too long from one that just fits.
-        line = self.file.readline(MAX_LINE_BYTES + 1)
+        line = super().readline(MAX_LINE_BYTES + 1)
         self.left -= len(line)
         if len(line) > MAX_LINE_BYTES or self.left < 0:
             raise Refusal(431 if self.lines else 414, "request line or header too long")
@@ -1852,9 +1840,6 @@ class HeaderReader:
             raise Refusal(400, "malformed header")
         self.lines += 1
         return line
-
-    def close(self):
-        self.file.close()
 
 
 PARAMETERS = {
@@ -1898,7 +1883,7 @@ class Connection(http.server.SimpleHTTPRequestHandler):
     sys_version = VERSION
     timeout = SEND_TIMEOUT_S
     disable_nagle_algorithm = True
-    rbufsize = 512  # small, as there may be MAX_CONNECTIONS of them
+    rbufsize = 0  # as HeaderReader has a buffer of its own
     wbufsize = 2048  # one write an answer
 
     def setup(self):
@@ -1907,7 +1892,7 @@ class Connection(http.server.SimpleHTTPRequestHandler):
             self.request = self.server.tls.wrap_socket(self.request, server_side=True,
                                                        do_handshake_on_connect=False)
         super().setup()
-        self.rfile = HeaderReader(self.rfile)
+        self.rfile = HeaderReader(self.rfile, HEADER_BUFFER_BYTES)
         self.enter(WAITING, HEADER_TIMEOUT_S)
         # Last, as finish() is called only for what has come so far.
         self.server.handlers.add(self)
@@ -1974,8 +1959,9 @@ class Connection(http.server.SimpleHTTPRequestHandler):
         if not super().parse_request():
             return False
         self.enter(ANSWERING)
-        target = self.requestline.split()[1]
-        self.route, _, self.query = ORIGIN_RE.sub("", target).partition("?")
+        # As it was sent, which is what is signed.
+        self.target = self.requestline.split()[1]
+        self.route, _, self.query = ORIGIN_RE.sub("", self.target).partition("?")
         is_read = self.command in ("GET", "HEAD")
         # A body is the last of a connection: what nobody reads is never taken for a request.
         has_body = "Content-Length" in self.headers or "Transfer-Encoding" in self.headers
@@ -2022,7 +2008,7 @@ class Connection(http.server.SimpleHTTPRequestHandler):
             self.wfile.flush()
         body = bytearray()
         while left:
-            part = self.rfile.file.read1(min(left, 65536))
+            part = self.rfile.read1(min(left, 65536))
             if not part:
                 raise ConnectionAbortedError("cut off in the middle of a body")
             left -= len(part)
@@ -2082,9 +2068,8 @@ class Handler(Connection):
                 raise Refusal(401, "proof missing or wrong")
             return
         signatures = self.headers.get_all("X-Server-Update-Signature", [])
-        # As it was sent, which is what is signed.
-        target = self.requestline.split()[1]
-        self.signed_at = guard.check_signature(signatures, self.command, target, int(time()))
+        now = int(time())
+        self.signed_at = guard.check_signature(signatures, self.command, self.target, now)
 
     def answer(self, repo=None, **others):
         """Answers what only who may ask gets an answer to."""
@@ -2147,7 +2132,6 @@ class Handler(Connection):
             return
         if repo in updater.journal.unread:
             raise Refusal(503, "its record can't be read", RETRY_LATER)
-        self.enter(FOLLOWING)
         if update:
             update = int(update)
         updater.wait_for_end(repo, update, min(float(wait), MAX_WAIT_S), self.check_peer)
@@ -2280,10 +2264,7 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             return super().get_request()
         except (OSError, MemoryError) as error:
-            if isinstance(error, MemoryError) or error.errno in SHORTAGES:
-                self.throttle.log(f"can't accept a connection: {error!r}")
-                self.drop_one()
-                sleep(SHORTAGE_PAUSE_S)
+            self.make_room(error)
             raise OSError("no connection")
 
     def process_request(self, request, client_address):
@@ -2301,10 +2282,14 @@ class Server(http.server.ThreadingHTTPServer):
             start_thread(self.serve_connection, request, address)
         except (RuntimeError, MemoryError) as error:
             # Another's thread comes free.
-            self.throttle.log(f"no thread for a connection: {error!r}")
-            self.drop_one()
-            sleep(SHORTAGE_PAUSE_S)
+            self.make_room(error)
             start_thread(self.serve_connection, request, address)
+
+    def make_room(self, error):
+        """The host is short of files, memory or threads: one connection less, and a pause."""
+        self.throttle.log(f"no room for a connection: {error!r}")
+        self.drop_one()
+        sleep(SHORTAGE_PAUSE_S)
 
     def drop_one(self):
         """Ends the connection that can best be spared: who has waited longest for its peer."""
