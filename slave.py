@@ -229,6 +229,10 @@ class Refusal(Exception):
     more = {}  # further fields of the answer
 
 
+class Stopped(Exception):
+    """What was under way has been ended, as this slave is to stop."""
+
+
 def escape(text):
     """`text` with all that could move a cursor or begin a line written as an escape."""
     for char in set(text):
@@ -927,6 +931,8 @@ class Run:
 
     Until close() the process stays a zombie, so that its number can't be another group's."""
 
+    is_stopping = False  # once it is set, of the class, all runs are ended
+
     def __init__(self, name, command, environ, take_output):
         """Starts it; OSError where it can't. Its stderr is logged, each line after `name`; its
         stdout goes to `take_output` in parts, the last of which is b""."""
@@ -943,17 +949,17 @@ class Run:
         take_error = Lines(MAX_LINE_BYTES, self.log_line).add
         self.pipes.register(self.process.stderr, selectors.EVENT_READ, take_error)
 
-    def finish(self, timeout_s, is_stopping):
+    def finish(self, timeout_s):
         """Blocks until it has ended, with all that it started, or been given up.
 
-        It is ended early once `is_stopping` says so, a function. Returns None, or what it was
-        ended for by force, "timeout" or "stop"."""
-        why = None
+        Returns whether it was ended by force, as the time was up. Stopped: so it was, or failed
+        meanwhile, as the slave is to stop."""
+        is_late = False
         try:
-            self.listen_until(lambda: self.has_ended() or is_stopping(), timeout_s)
+            self.listen_until(lambda: self.has_ended() or Run.is_stopping, timeout_s)
             if not self.has_ended():
                 # From here on it is by force, whether it obeys or not.
-                why = "stop" if is_stopping() else "timeout"
+                is_late = not Run.is_stopping
                 signal_group(self.process.pid, SIGTERM)
                 self.listen_until(self.has_ended, KILL_AFTER_S)
             if not self.has_ended():
@@ -964,7 +970,10 @@ class Run:
             self.listen_until(lambda: not self.pipes.get_map(), LEFTOVER_S)
         finally:
             self.close()
-        return why
+        # It may have been told to stop together with this slave, and have obeyed at once.
+        if Run.is_stopping and self.status != 0:
+            raise Stopped
+        return is_late
 
     def listen_until(self, is_over, timeout_s):
         """Takes what it says until `is_over` or the time is up."""
@@ -1429,11 +1438,10 @@ def end_marked(pattern):
 class Relay:
     """The slaves beneath: server-update puts live there what has gone live here."""
 
-    def __init__(self, settings, folder, is_stopping):
+    def __init__(self, settings, folder):
         """OSError or ValueError where the list or the options are no good."""
         self.settings = settings
         self.slavelist = settings["SLAVELIST"]
-        self.is_stopping = is_stopping
         # Its id is made once.
         path = f"{folder}/relay-id"
         if is_absent(path):
@@ -1470,7 +1478,7 @@ class Relay:
         return {"beneath": {"not started": listed}, "beneath_bad": [bad]}
 
     def update(self, record, commit):
-        """Brings all to a commit: changes to a record, or None where it was stopped."""
+        """Brings all to a commit: changes to a record, or Stopped."""
         refs = ["--ref", record.ref.encode("utf-8")] if record.ref else []
         # Who asked, why, and by way of whom goes on to those beneath.
         via = ",".join(filter(None, (record.via, self.id)))
@@ -1484,10 +1492,7 @@ class Relay:
                       Lines(MAX_JSON_BYTES, beneath.take).add)
         except OSError as error:
             return self.not_started(f"can't run {error}")
-        run.finish(NEVER_S, self.is_stopping)
-        # It may have been ended together with this slave.
-        if self.is_stopping():
-            return None
+        run.finish(NEVER_S)
         if beneath.counts is None:
             words = say_status("server-update", run.status)
             if run.status == 2:
@@ -1505,14 +1510,13 @@ class Updater:
         self.hooks = Hooks(settings)
         self.command = command  # slave-activate's path
         self.journal = Journal(f"{settings['REPOS_DIR']}/.server-update")
-        self.told_to_stop = False  # set by a signal's handler, which may take no lock
         # Each change of these is one step, so that only take(), which makes two, needs a lock.
         self.waiting = {}  # {repo: True}, who has waited longest first
         self.running = {}  # {repo: whether it takes a place}
         self.lock = Lock()
         self.relay = None
         if settings["SLAVELIST"]:
-            self.relay = Relay(settings, self.journal.folder, self.is_stopping)
+            self.relay = Relay(settings, self.journal.folder)
         for repo in sorted(self.journal.records):
             self.take_up(repo)
 
@@ -1540,7 +1544,7 @@ class Updater:
 
     def take_signal(self, repo, ref, asked, peer):
         """Queues an update; its record, which is on disk then, or a Refusal."""
-        if self.told_to_stop:
+        if Run.is_stopping:
             raise Refusal(503, "this slave is stopping", RETRY_LATER)
         if repo not in self.waiting and len(self.waiting) >= MAX_QUEUED:
             raise Refusal(503, "too many updates are queued", RETRY_LATER)
@@ -1582,7 +1586,7 @@ class Updater:
     def run_next(self):
         """A thread: runs an update to its end, whatever goes wrong, if one can start."""
         # Another thread may have taken what this one was started for.
-        repo = None if self.told_to_stop else self.take()
+        repo = None if Run.is_stopping else self.take()
         if not repo:
             return
         # Nothing is, where the run before took it along: it was on disk, but not yet queued here.
@@ -1607,17 +1611,17 @@ class Updater:
         log(f"{repo}: update {record.update} starts, ref {record.ref or 'not given'}")
         # It may have vanished while this update was queued.
         self.check_hook(repo)
-        changes = self.activate(record)
-        if changes and changes["state"] == "live" and self.relay:
-            changes = self.update_beneath(record, changes)
-        if changes:
+        try:
+            changes = self.activate(record)
+            if changes["state"] == "live" and self.relay:
+                changes = self.update_beneath(record, changes)
             self.end_update(repo, record.update, changes)
-        else:
+        except Stopped:
             self.journal.commit(repo, Records.stop)
             log(f"{repo}: update {record.update} stopped, to be taken up again")
 
     def update_beneath(self, record, changes):
-        """How it ended here and beneath, as changes to the record; None: it was stopped."""
+        """How it ended here and beneath, as changes to the record; or Stopped."""
         if changes["hook"] is not None or not changes["commit"]:
             beneath = self.relay.not_started(changes["message"] or "no commit is live here")
         else:
@@ -1625,10 +1629,10 @@ class Updater:
             self.running[record.repo] = False
             self.start_queued()
             beneath = self.relay.update(record, changes["commit"])
-        return beneath and add_beneath(changes, beneath)
+        return add_beneath(changes, beneath)
 
     def activate(self, record):
-        """Runs slave-activate; how it ended, as changes to the record, or None: it was stopped."""
+        """Runs slave-activate; how it ended, as changes to the record; or Stopped."""
         said = deque(maxlen=2)  # on stdout: a line, and whether there was another
         pins = ["--commit", record.pin] if record.pin else []
         # Whatever the locale can encode.
@@ -1644,12 +1648,9 @@ class Updater:
         except OSError as error:
             return failed(f"can't run {error}")
         timeout_s = self.setting("TIMEOUT", record.repo)
-        why = run.finish(timeout_s + BACKSTOP_S, self.is_stopping)
-        if why == "stop" and run.status != 0:
-            return None
-        late_after_s = timeout_s if why == "timeout" else None
+        is_late = run.finish(timeout_s + BACKSTOP_S)
         return judge(record.repo, run.status, b"\n".join(said),
-                     run.last_words(), late_after_s)
+                     run.last_words(), is_late and timeout_s)
 
     def end_update(self, repo, update, changes):
         """Records how an update has ended, unless it had before, and logs it."""
@@ -1690,21 +1691,18 @@ class Updater:
             with suppress(OSError):
                 self.take_up(repo)
         self.start_queued()
-        if self.told_to_stop:
+        if Run.is_stopping:
             with self.journal.changed:
                 self.journal.changed.notify_all()  # who waits for an end hears how it is
 
     def stop(self, *_):
         """A signal may come in the midst of another: a lock would be waited for for ever."""
         log("stopping")
-        self.told_to_stop = True
-
-    def is_stopping(self):
-        return self.told_to_stop
+        Run.is_stopping = True
 
     def has_stopped(self):
         """Whether it was told to stop, and no update runs any more."""
-        return self.told_to_stop and not self.running
+        return Run.is_stopping and not self.running
 
     def records(self, repo):
         return self.journal.records.get(repo, Records())
@@ -1720,7 +1718,7 @@ class Updater:
         """
         def has_ended():
             record = self.find(repo, update)
-            return not record or record.finished or self.told_to_stop
+            return not record or record.finished or Run.is_stopping
         deadline = monotonic() + wait_s
         with self.journal.changed:
             while wait_s > 0 and not has_ended():
@@ -2189,10 +2187,6 @@ class Handler(Connection):
 
 # -- server: all connections -----------------------------------------------------
 
-class Stopped(Exception):
-    """All updates have been stopped: the server's loop ends. (shutdown() waits for that loop.)"""
-
-
 class Server(http.server.ThreadingHTTPServer):
     """Accepts connections, and drops those that are late or too many."""
 
@@ -2257,7 +2251,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.throttle.tell(int(now))
         self.updater.tend()
         if self.updater.has_stopped():
-            raise Stopped
+            raise Stopped  # by shutdown() this thread would wait for itself
 
     def get_request(self):
         """Accepts a connection; where the host is short of something, one less and later."""
