@@ -50,7 +50,7 @@ from contextlib import contextmanager, suppress
 from os.path import abspath, dirname, expanduser, join, lexists, realpath, samestat
 from queue import SimpleQueue
 from subprocess import DEVNULL, PIPE, Popen, SubprocessError
-from threading import Condition, Event, Lock, Thread, stack_size
+from threading import Condition, Event, Lock, stack_size
 from time import gmtime, monotonic, sleep, strftime, time
 from urllib.parse import unquote, unquote_to_bytes
 
@@ -464,11 +464,6 @@ def read_settings(environ, options, folder=CONFIG_FOLDER):
     return values
 
 
-def own_setting(settings, key, repo):
-    """The value that holds for a repository: that of KEY.NAME, or else of KEY."""
-    return settings.get(f"{key}.{repo}", settings[key])
-
-
 # -- records: what is remembered of updates; pure ---------------------------
 
 # One update. /status tells the fields of TOLD; times are seconds since 1970; a stop of the slave
@@ -505,7 +500,11 @@ class Records(namedtuple("Records", "ended running queued", defaults=((), None, 
         return next(reversed(self.all()), None)
 
     def find(self, update):
-        """The record of an update, or of the newer one in its place, or None."""
+        """The record of an update, or of the newer one in its place, or None.
+
+        Of no update in particular it is the newest one."""
+        if update is None:
+            return self.newest()
         for record in self.all():
             if (record.first or record.update) <= update <= record.update:
                 return record
@@ -1510,7 +1509,7 @@ class Updater:
         self.hooks = Hooks(settings)
         self.command = command  # slave-activate's path
         self.journal = Journal(f"{settings['REPOS_DIR']}/.server-update")
-        # Each change of these is one step, so that only take(), which makes two, needs a lock.
+        # Each change of these is one step, so that only run_next(), which makes two, needs a lock.
         self.waiting = {}  # {repo: True}, who has waited longest first
         self.running = {}  # {repo: whether it takes a place}
         self.lock = Lock()
@@ -1521,7 +1520,8 @@ class Updater:
             self.take_up(repo)
 
     def setting(self, key, repo):
-        return own_setting(self.settings, key, repo)
+        """The value that holds for a repository: that of KEY.NAME, or else of KEY."""
+        return self.settings.get(f"{key}.{repo}", self.settings[key])
 
     def check_hook(self, repo):
         with can("look at the pre-update hook"):
@@ -1568,15 +1568,6 @@ class Updater:
                  if repo not in self.running]
         return repos[:places]
 
-    def take(self):
-        """The repository that starts now, or None."""
-        with self.lock:
-            for repo in self.ready():
-                del self.waiting[repo]
-                self.running[repo] = True
-                return repo
-        return None
-
     def start_queued(self):
         """Starts threads for what can start now; where there are none, tend() comes again."""
         with suppress(RuntimeError, MemoryError):
@@ -1585,10 +1576,14 @@ class Updater:
 
     def run_next(self):
         """A thread: runs an update to its end, whatever goes wrong, if one can start."""
-        # Another thread may have taken what this one was started for.
-        repo = None if Run.is_stopping else self.take()
-        if not repo:
-            return
+        with self.lock:
+            ready = self.ready()
+            # Another thread may have taken what this one was started for.
+            if Run.is_stopping or not ready:
+                return
+            repo = ready[0]
+            del self.waiting[repo]
+            self.running[repo] = True
         # Nothing is, where the run before took it along: it was on disk, but not yet queued here.
         queued = self.records(repo).queued
         try:
@@ -1707,17 +1702,13 @@ class Updater:
     def records(self, repo):
         return self.journal.records.get(repo, Records())
 
-    def find(self, repo, update):
-        records = self.records(repo)
-        return records.newest() if update is None else records.find(update)
-
     def wait_for_end(self, repo, update, wait_s, check_peer):
         """Blocks until an update has ended or the slave stops, `wait_s` at most.
 
         Calls `check_peer`, which raises where nobody waits for the answer any more, now and then.
         """
         def has_ended():
-            record = self.find(repo, update)
+            record = self.records(repo).find(update)
             return not record or record.finished or Run.is_stopping
         deadline = monotonic() + wait_s
         with self.journal.changed:
@@ -1729,12 +1720,13 @@ class Updater:
     def status(self, repo, update=None):
         """The record of an update, or the newest one as it looks now; None where there is none."""
         self.forget_removed(repo)
-        record = self.find(repo, update)
+        records = self.records(repo)
+        record = records.find(update)
         if repo in self.journal.unread:
             message = "its record can't be read; the log says why"
             record = Record(repo, 0, None, "failed", 0, message=message)
             record = record._replace(finished=time())
-        elif not record or record != self.find(repo, None):
+        elif not record or record != records.newest():
             return record
         # Somebody may have put another commit live by hand, or removed the tree.
         return found_live(record, read_live_commit(self.tree(repo)))
@@ -2342,7 +2334,8 @@ def serve(options):
     command = find_command("slave-activate")
     # glibc keeps 40 MB of stacks that were used: better a few large ones.
     stack_size(2 << 20)
-    end_a_thread()
+    # glibc loads now what threads end with: later, without memory, it aborts (bpo-44434).
+    start_thread(time)
     # What was queued starts once it listens.
     updater = Updater(settings, command)
     check_secret(guard, updater.journal.floor)
@@ -2358,13 +2351,6 @@ def serve(options):
         f"({settings['BIND'] or 'all addresses'}{', TLS' if server.tls else ''})")
     tell_ready(manager)
     serve_until_stopped(server)
-
-
-def end_a_thread():
-    """Has glibc load now what threads end with: later, without memory, it aborts (bpo-44434)."""
-    thread = Thread(target=time)
-    thread.start()
-    thread.join()
 
 
 def print_hook_key(options):
@@ -2394,11 +2380,9 @@ def serve_until_stopped(server):
 
 def open_standard_files():
     """Opens those that are closed, lest a connection become what the log is written to."""
-    number = os.open(os.devnull, os.O_RDWR)  # the first that is free
-    while number <= 2:
-        os.set_inheritable(number, True)
-        number = os.open(os.devnull, os.O_RDWR)
-    os.close(number)
+    # The first number that is free is taken; one beyond them stays open as well.
+    while os.open(os.devnull, os.O_RDWR) <= 2:
+        pass
 
 
 def serve_or_say(options):
