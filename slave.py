@@ -50,7 +50,7 @@ from contextlib import contextmanager, suppress
 from os.path import abspath, dirname, expanduser, join, lexists, realpath, samestat
 from queue import SimpleQueue
 from subprocess import DEVNULL, PIPE, Popen, SubprocessError
-from threading import Condition, Event, Lock, stack_size
+from threading import Condition, Lock, stack_size
 from time import gmtime, monotonic, sleep, strftime, time
 from urllib.parse import unquote, unquote_to_bytes
 
@@ -62,7 +62,7 @@ MAX_QUEUED = 100  # repositories with an update that waits
 MAX_ENDED = 10  # ended updates that are remembered, a repository
 MAX_WITHOUT_TREE = 1000  # repositories that are remembered although nothing is live
 INTERRUPTED = "interrupted three times by the slave's own end; signal again for another try"
-MAX_TRIES = 3  # starts of one update; more only where the slave was stopped cleanly
+MAX_TRIES = 3  # of one update that a kill of the slave cuts off; a clean stop is none
 BACKSTOP_S = 10  # beyond TIMEOUT, by which slave-activate itself should have ended
 # A stop takes up to the sum of the next four, which a service manager must have patience for.
 KILL_AFTER_S = 10  # from TERM to KILL
@@ -466,8 +466,8 @@ def read_settings(environ, options, folder=CONFIG_FOLDER):
 
 # -- records: what is remembered of updates; pure ---------------------------
 
-# One update. /status tells the fields of TOLD; times are seconds since 1970; a stop of the slave
-# that was clean is no try; `first` is the oldest update that this one has taken the place of;
+# One update. /status tells the fields of TOLD; times are seconds since 1970; `first` is the oldest
+# update that this one has taken the place of; `tries` are those that a kill of the slave cut off.
 Record = namedtuple("Record", "repo update ref state requested started finished commit previous "
                     "message pin hook beneath beneath_bad by note via expect first tries",
                     defaults=[None] * 4 + [""] + [None] * 9 + [0])
@@ -525,9 +525,8 @@ class Records(namedtuple("Records", "ended running queued", defaults=((), None, 
 
     def start(self, live, now):
         """The queued update runs; `live` is the commit that is live before it."""
-        tries = self.queued.tries + 1
         begun = self.queued._replace(state="running", started=now, commit=live, previous=live)
-        return self._replace(running=begun._replace(tries=tries), queued=None)
+        return self._replace(running=begun, queued=None)
 
     def finish(self, update, changes, now):
         """An update has ended, unless it had before; `changes` are to fields of its record."""
@@ -541,16 +540,12 @@ class Records(namedtuple("Records", "ended running queued", defaults=((), None, 
         before = [record._replace(beneath_bad=None) for record in self.ended]
         return begun._replace(ended=(*before, done)[-MAX_ENDED:], running=None)
 
-    def stop(self):
-        """The slave ends cleanly under the running update: that is no try."""
-        return self.requeue(tries=self.running.tries - 1)
-
     def resume(self):
         """The slave has begun: what it ended under is queued again, unless that was too often."""
         # It may be this very update that ends the slave, each time.
-        if not self.running or self.running.tries >= MAX_TRIES:
+        if not self.running or self.running.tries >= MAX_TRIES - 1:
             return self
-        return self.requeue()
+        return self.requeue(tries=self.running.tries + 1)
 
     def requeue(self, **changes):
         """What runs is queued again, with these changes, or what is queued takes its place."""
@@ -675,15 +670,9 @@ def write_synced(path, content):
     os.rename(beside, path)
 
 
-class Change:
-    """One change of one repository's records, which the journal's thread makes."""
-
-    def __init__(self, repo, method, args):
-        self.repo = repo
-        self.method = method  # of Records: from those before it to those after it
-        self.args = args
-        self.outcome = None  # the Records after it, or the exception that came in their place
-        self.is_settled = Event()
+# One change of one repository's records, which the journal's thread makes: `method` is one of
+# Records; `answer` is a queue for the Records after it, or the exception that came in their place.
+Change = namedtuple("Change", "repo method args answer")
 
 
 class Journal:
@@ -741,7 +730,7 @@ class Journal:
         """Reads a record; one that can't be read now stays where it is, a broken one does not."""
         path = self.path(repo)
         try:
-            self.records[repo] = decode_records(repo, read_file(path))
+            self.records[repo] = decode_records(repo, read_file(path)).resume()
         except (OSError, MemoryError) as error:
             if repo not in self.unread:
                 log(f"{path} can't be read now and is left as it is: {error}")
@@ -755,12 +744,14 @@ class Journal:
 
     def commit(self, repo, method, *args):
         """Applies a method of Records; what it returns, once that is on disk, else OSError."""
-        change = Change(repo, method, args)
-        self.changes.put(change)
-        change.is_settled.wait()
-        if isinstance(change.outcome, Exception):
-            raise change.outcome
-        return change.outcome
+        if repo in self.unread:
+            raise OSError("its record can't be read")
+        answer = SimpleQueue()
+        self.changes.put(Change(repo, method, args, answer))
+        outcome = answer.get()
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
 
     def write_changes(self):
         """The journal's thread: writes whatever has come, and begins again.
@@ -772,19 +763,20 @@ class Journal:
             try:
                 while not batch or not self.changes.empty():
                     batch.append(self.changes.get())
-                self.write(batch)
+                outcomes = self.write(batch)
             except Exception as error:  # no memory, say; the next ones may have some
-                for change in batch:
-                    change.outcome = error
+                outcomes = [error] * len(batch)
             with suppress(MemoryError):
-                for change in batch:
-                    change.is_settled.set()
+                for change, outcome in zip(batch, outcomes):
+                    change.answer.put(outcome)
                 with self.changed:
                     self.changed.notify_all()
 
     def write(self, batch):
-        """Makes a batch of changes, on disk first; if that fails, the forced ones in memory."""
-        after = self.make(batch)
+        """Makes a batch of changes, on disk first; if that fails, the forced ones in memory.
+
+        Returns the outcome of each."""
+        after, outcomes = self.make(batch)
         self.unsaved.update(after)
         try:
             if not self.is_taken():
@@ -801,36 +793,34 @@ class Journal:
             log(f"can't write in {self.folder}: {reason(error)}")
             with suppress(OSError):
                 os.unlink(f"{self.folder}/record.tmp")
-            after = self.make(batch, error)
+            after, outcomes = self.make(batch, error)
         for repo, records in after.items():
             self.records[repo] = records
             # A repository of which nothing is remembered needs no memory.
             if not records.all():
                 del self.records[repo]
+        return outcomes
 
     def make(self, batch, failure=None):
-        """{repo: Records} after these changes, one after the other.
+        """{repo: Records} after these changes, one after the other, and the outcome of each.
 
         With a failure only after what has happened anyway, such as the start or end of a run."""
         after = {}
+        outcomes = []
         for change in batch:
             if failure and change.method == Records.accept:
-                change.outcome = failure
+                outcomes.append(failure)
                 continue
             try:
                 before = after.get(change.repo) or self.recall(change.repo)
-                change.outcome = change.method(before, *change.args)
-                after[change.repo] = change.outcome
+                after[change.repo] = change.method(before, *change.args)
+                outcomes.append(after[change.repo])
             except Exception as error:
-                change.outcome = error
-        return after
+                outcomes.append(error)
+        return after, outcomes
 
     def recall(self, repo):
-        """The Records of a repository; OSError where they can't be read now."""
-        if repo in self.unread:
-            self.load(repo)
-        if repo in self.unread:
-            raise OSError("its record can't be read")
+        """The Records of a repository."""
         return self.records.get(repo, Records())
 
     def save(self, repo, records):
@@ -1532,10 +1522,8 @@ class Updater:
         return f"{self.settings['REPOS_DIR']}/{repo}"
 
     def take_up(self, repo):
-        """Queues what was queued or running when the slave ended; OSError: it can't be read."""
-        records = self.journal.records.get(repo)
-        if not records or records.running:
-            records = self.journal.commit(repo, Records.resume)
+        """Queues what was queued or running when the slave ended."""
+        records = self.journal.recall(repo)
         if records.running:
             self.end_update(repo, records.running.update, failed(INTERRUPTED))
         if records.queued:
@@ -1585,7 +1573,7 @@ class Updater:
             del self.waiting[repo]
             self.running[repo] = True
         # Nothing is, where the run before took it along: it was on disk, but not yet queued here.
-        queued = self.records(repo).queued
+        queued = self.journal.recall(repo).queued
         try:
             if queued:
                 self.update(repo)
@@ -1612,7 +1600,7 @@ class Updater:
                 changes = self.update_beneath(record, changes)
             self.end_update(repo, record.update, changes)
         except Stopped:
-            self.journal.commit(repo, Records.stop)
+            self.journal.commit(repo, Records.requeue)
             log(f"{repo}: update {record.update} stopped, to be taken up again")
 
     def update_beneath(self, record, changes):
@@ -1683,8 +1671,8 @@ class Updater:
     def tend(self):
         """Called twice a second: starts what could not be started before, or sees to the end."""
         for repo in self.journal.unread.copy():
-            with suppress(OSError):
-                self.take_up(repo)
+            self.journal.load(repo)
+            self.take_up(repo)
         self.start_queued()
         if Run.is_stopping:
             with self.journal.changed:
@@ -1699,16 +1687,13 @@ class Updater:
         """Whether it was told to stop, and no update runs any more."""
         return Run.is_stopping and not self.running
 
-    def records(self, repo):
-        return self.journal.records.get(repo, Records())
-
     def wait_for_end(self, repo, update, wait_s, check_peer):
         """Blocks until an update has ended or the slave stops, `wait_s` at most.
 
         Calls `check_peer`, which raises where nobody waits for the answer any more, now and then.
         """
         def has_ended():
-            record = self.records(repo).find(update)
+            record = self.journal.recall(repo).find(update)
             return not record or record.finished or Run.is_stopping
         deadline = monotonic() + wait_s
         with self.journal.changed:
@@ -1720,7 +1705,7 @@ class Updater:
     def status(self, repo, update=None):
         """The record of an update, or the newest one as it looks now; None where there is none."""
         self.forget_removed(repo)
-        records = self.records(repo)
+        records = self.journal.recall(repo)
         record = records.find(update)
         if repo in self.journal.unread:
             message = "its record can't be read; the log says why"
@@ -1733,7 +1718,7 @@ class Updater:
 
     def history(self, repo):
         """What /status tells of all updates of a repository that are remembered, newest first."""
-        return [told(record) for record in reversed(self.records(repo).all())]
+        return [told(record) for record in reversed(self.journal.recall(repo).all())]
 
 
 # -- served file ------------------------------------------------------------------

@@ -31,12 +31,12 @@ def test_how_long_it_waits_is_as_promised():
 
 def test_accept_start_finish():
     records = slave.Records.start(accepted(ref="v1"), ONE, 1001.0)
-    assert (records.running.state, records.running.tries) == ("running", 1)
+    assert (records.running.state, records.running.tries) == ("running", 0)
     assert records.running.commit == records.running.previous == ONE
     changes = {"state": "live", "message": "", "commit": TWO, "previous": ONE}
     records = slave.Records.finish(records, 1000000, changes, 1002.0)
     assert slave.Records.newest(records) == slave.Record(
-        "hanuman", 1000000, "v1", "live", 1000.0, 1001.0, 1002.0, TWO, ONE, first=1000000, tries=1
+        "hanuman", 1000000, "v1", "live", 1000.0, 1001.0, 1002.0, TWO, ONE, first=1000000
     )
 
 
@@ -85,7 +85,7 @@ def test_what_was_interrupted_three_times_is_not_begun_again():
 def test_a_clean_stop_is_no_try():
     records = accepted()
     for _ in range(5):
-        records = slave.Records.stop(slave.Records.start(records, None, 1001.0))
+        records = slave.Records.requeue(slave.Records.start(records, None, 1001.0))
     assert (records.queued.tries, records.queued.started) == (0, None)
 
 
