@@ -72,6 +72,7 @@ LEFTOVER_S = 0.5  # for what a run that has ended left in its process group
 POLL_S = 0.02  # how often a run is asked whether it has ended
 NEVER_S = float("inf")  # for what has no time of its own to end in
 MAX_MESSAGE_CHARS = 300
+MAX_PRINTED_BYTES = 32768  # of a line that a program prints
 # What tells most comes first.
 OUTPUT_KINDS = ("slave-activate: ", "server-update: ", "fatal: ", "error: ", "")
 HOOK_RE = re.compile(r"live, but post-update hook failed \(([0-9]{1,3})\)")
@@ -83,7 +84,6 @@ OUTCOME_PATTERN = "%s (?:([0-9a-f]{40,64})|-) (?:([0-9a-f]{40,64})|-)"  # on std
 NOT_FOR_RELAYS_RE = re.compile(
     "--(no-wait|status|history|dry-run|list|limit|json|ref|commit)(=.*)?")
 LIST_TIMEOUT_S = 30  # to read a list of a million
-MAX_JSON_BYTES = 65536  # of a line
 MAX_BAD = 100  # slaves that are told by name
 MAX_BAD_BYTES = 16384  # of them, as JSON
 
@@ -95,7 +95,7 @@ SEND_TIMEOUT_S = 30  # for a peer to take anything
 CLOSE_TIMEOUT_S = 1  # for a peer to see the end of an answer
 LAST_ANSWERS_S = 0.3  # at the end, for those who still wait
 PEER_S = 1  # how often is looked whether who follows an update is still there
-MAX_LINE_BYTES = 8192  # of a request, and of what slave-activate says
+MAX_LINE_BYTES = 8192  # of a request, and of the log
 MAX_HEADER_BYTES = 16384
 HEADER_BUFFER_BYTES = 512  # small, as there may be so many connections:
 MAX_CONNECTIONS = 256  # fewer where files are short, as these are kept for all else:
@@ -899,8 +899,7 @@ def find_command(name):
 class Lines:
     """Makes lines of what comes in parts; of long ones only the beginning counts."""
 
-    def __init__(self, max_bytes, take):
-        self.max_bytes = max_bytes
+    def __init__(self, take):
         self.take = take  # is called with each line, in bytes
         self.unfinished = b""  # the beginning of one
 
@@ -908,11 +907,11 @@ class Lines:
         """Takes the lines that are whole by now; at the end, which is b"", the rest."""
         *lines, self.unfinished = (self.unfinished + part).split(b"\n")
         # Of a line without end no more than this is kept.
-        if self.unfinished and not part or len(self.unfinished) > self.max_bytes:
+        if self.unfinished and not part or len(self.unfinished) > MAX_PRINTED_BYTES:
             lines.append(self.unfinished)
             self.unfinished = b""
         for line in lines:
-            self.take(line[:self.max_bytes])
+            self.take(line[:MAX_PRINTED_BYTES])
 
 
 class Run:
@@ -922,9 +921,9 @@ class Run:
 
     is_stopping = False  # once it is set, of the class, all runs are ended
 
-    def __init__(self, name, command, environ, take_output):
-        """Starts it; OSError where it can't. Its stderr is logged, each line after `name`; its
-        stdout goes to `take_output` in parts, the last of which is b""."""
+    def __init__(self, name, command, environ, take_line):
+        """Starts it; OSError where it can't. Its stderr is logged, each line after `name`; each
+        line of its stdout goes to `take_line`, in bytes."""
         self.name = name
         self.said = {}  # {kind of line: the last one}, see OUTPUT_KINDS
         self.status = None  # as subprocess's returncode; None while it runs
@@ -934,9 +933,8 @@ class Run:
             stderr=PIPE, start_new_session=True)
         # What it leaves behind may hold the pipes open: nothing waits for their end.
         self.pipes = selectors.PollSelector()
-        self.pipes.register(self.process.stdout, selectors.EVENT_READ, take_output)
-        take_error = Lines(MAX_LINE_BYTES, self.log_line).add
-        self.pipes.register(self.process.stderr, selectors.EVENT_READ, take_error)
+        self.pipes.register(self.process.stdout, selectors.EVENT_READ, Lines(take_line).add)
+        self.pipes.register(self.process.stderr, selectors.EVENT_READ, Lines(self.log_line).add)
 
     def finish(self, timeout_s):
         """Blocks until it has ended, with all that it started, or been given up.
@@ -989,7 +987,7 @@ class Run:
         return True
 
     def log_line(self, line):
-        text = line.decode("utf-8", "replace").rstrip().replace("\t", " ")
+        text = line[:MAX_LINE_BYTES].decode("utf-8", "replace").rstrip().replace("\t", " ")
         log(f"{self.name}: {text}")
         kind = next(kind for kind in OUTPUT_KINDS if text.startswith(kind))
         words = text[len(kind):]
@@ -1477,8 +1475,7 @@ class Relay:
         beneath = Beneath()
         try:
             command = self.command("--json", record.repo, *refs, "--commit", commit)
-            run = Run(f"{record.repo}: beneath", command, environ,
-                      Lines(MAX_JSON_BYTES, beneath.take).add)
+            run = Run(f"{record.repo}: beneath", command, environ, beneath.take)
         except OSError as error:
             return self.not_started(f"can't run {error}")
         run.finish(NEVER_S)
@@ -1626,8 +1623,7 @@ class Updater:
         for key in ACTIVATE_SETTINGS:
             environ[f"SERVER_UPDATE_{key}"] = str(self.setting(key, record.repo))
         try:
-            run = Run(record.repo, command, environ,
-                      Lines(MAX_LINE_BYTES, said.append).add)
+            run = Run(record.repo, command, environ, said.append)
         except OSError as error:
             return failed(f"can't run {error}")
         timeout_s = self.setting("TIMEOUT", record.repo)
