@@ -46,6 +46,7 @@ import stat
 import subprocess
 import sys
 from collections import Counter, deque, namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from os.path import abspath, dirname, expanduser, join, lexists, realpath, samestat
 from queue import SimpleQueue
@@ -86,6 +87,8 @@ NOT_FOR_RELAYS_RE = re.compile(
 LIST_TIMEOUT_S = 30  # to read a list of a million
 MAX_BAD = 100  # slaves that are told by name
 MAX_BAD_BYTES = 16384  # of them, as JSON
+MAX_NAMES = 10  # of them, for update-ended
+UPDATE_ENDED_TIMEOUT_S = 60
 
 USER_RE = re.compile(r"(?<=://)[^/?#\s]*@")  # user and password of a URL
 
@@ -375,7 +378,7 @@ PARSERS = {
 SETTINGS_TABLE = """
 BASE_URL      url   URL or path: clones are made of BASE_URL/NAME.git (https://github.com/aiegoo)
 REPOS_DIR     path  folder where the clones go live (~/repos)
-HOOKS_DIR     path  has pre-update and post-update (/etc/server-update/hooks)
+HOOKS_DIR     path  has pre-update, post-update and update-ended (/etc/server-update/hooks)
 PORT          port  0 takes a free one (9999)
 BIND          ip    address to listen on, else all
 TIMEOUT       time  seconds for an update (600)
@@ -467,10 +470,11 @@ def read_settings(environ, options, folder=CONFIG_FOLDER):
 # -- records: what is remembered of updates; pure ---------------------------
 
 # One update. /status tells the fields of TOLD; times are seconds since 1970; `first` is the oldest
-# update that this one has taken the place of; `tries` are those that a kill of the slave cut off.
+# update that this one has taken the place of; `tries` are those that a kill of the slave cut off;
+# `untold` is the path of the hook update-ended until that has run.
 Record = namedtuple("Record", "repo update ref state requested started finished commit previous "
-                    "message pin hook beneath beneath_bad by note via expect first tries",
-                    defaults=[None] * 4 + [""] + [None] * 9 + [0])
+                    "message pin hook beneath beneath_bad by note via expect first tries untold",
+                    defaults=[None] * 4 + [""] + [None] * 9 + [0, None])
 TOLD = Record._fields[:16]
 
 
@@ -540,6 +544,12 @@ class Records(namedtuple("Records", "ended running queued", defaults=((), None, 
         before = [record._replace(beneath_bad=None) for record in self.ended]
         return begun._replace(ended=(*before, done)[-MAX_ENDED:], running=None)
 
+    def tell(self, update):
+        """The hook update-ended has run for an update."""
+        ended = [record._replace(untold=None) if record.update == update else record
+                 for record in self.ended]
+        return self._replace(ended=tuple(ended))
+
     def resume(self):
         """The slave has begun: what it ended under is queued again, unless that was too often."""
         # It may be this very update that ends the slave, each time.
@@ -580,7 +590,7 @@ RULES = (
     ("by note", is_note),
     ("repo", is_repo_name),
     ("ref", is_ref),
-    ("message", str.isprintable),
+    ("message untold", str.isprintable),
     ("via", VIA_RE.fullmatch),
     ("beneath", is_counts),
     ("beneath_bad", lambda value: isinstance(value, list)),
@@ -922,8 +932,12 @@ class Run:
     is_stopping = False  # once it is set, of the class, all runs are ended
 
     def __init__(self, name, command, environ, take_line):
-        """Starts it; OSError where it can't. Its stderr is logged, each line after `name`; each
-        line of its stdout goes to `take_line`, in bytes."""
+        """Starts it; OSError where it can't, Stopped where none may start any more.
+
+        Its stderr is logged, each line after `name`; each line of its stdout goes to `take_line`,
+        in bytes."""
+        if Run.is_stopping:
+            raise Stopped
         self.name = name
         self.said = {}  # {kind of line: the last one}, see OUTPUT_KINDS
         self.status = None  # as subprocess's returncode; None while it runs
@@ -1500,6 +1514,10 @@ class Updater:
         self.waiting = {}  # {repo: True}, who has waited longest first
         self.running = {}  # {repo: whether it takes a place}
         self.lock = Lock()
+        # Runs update-ended, one at a time. Its thread is there from now on, and the end of Python
+        # waits for it.
+        self.teller = ThreadPoolExecutor(1)
+        self.teller.submit(time)
         self.relay = None
         if settings["SLAVELIST"]:
             self.relay = Relay(settings, self.journal.folder)
@@ -1523,6 +1541,8 @@ class Updater:
         records = self.journal.recall(repo)
         if records.running:
             self.end_update(repo, records.running.update, failed(INTERRUPTED))
+        for record in records.ended:
+            self.teller.submit(self.run_update_ended, record)
         if records.queued:
             log(f"{repo}: update {records.queued.update} is taken up again")
             self.waiting[repo] = True
@@ -1639,14 +1659,38 @@ class Updater:
                 changes["commit"] = read_live_commit(self.tree(repo))
             if self.relay:
                 changes.update(self.relay.not_started(changes["message"]))
+        hook = f"{self.setting('HOOKS_DIR', repo)}/update-ended"
+        if lexists(hook):
+            changes["untold"] = hook
         now = time()
         records = self.journal.commit(repo, Records.finish, update, changes, now)
         done = records.find(update)
+        self.teller.submit(self.run_update_ended, done)
         message = done.message and f": {done.message}"
         log(f"{repo}: update {update} {outcome(done)} after {done.finished - done.started:.1f} s, "
             f"live is {done.commit or 'nothing'}{message}")
         if done.state == "failed":
             self.forget_oldest()
+
+    def run_update_ended(self, record):
+        """Runs update-ended, unless it has run; what a stop cuts off is for the next start."""
+        if not record.untold:
+            return
+        # With the names of the first that are bad beneath.
+        bad = record.beneath_bad or []
+        names = ", ".join(one["slave"] for one in bad[:MAX_NAMES])
+        message = record.message + (names and f" ({names})")
+        command = [record.untold, record.repo, outcome(record),
+                   record.previous or "-", record.commit or "-", message.encode("utf-8")]
+        name = f"{record.repo}: update-ended"
+        try:
+            run = Run(name, command, os.environ, len)  # what it prints is nobody's concern
+            run.finish(UPDATE_ENDED_TIMEOUT_S)
+            if run.status != 0:
+                log(f"{name}: failed with exit status {run.status}")
+        except OSError as error:
+            log(f"{name}: can't run {error}")
+        self.journal.commit(record.repo, Records.tell, record.update)
 
     def forget_oldest(self):
         """Forgets the oldest of too many repositories that have no tree: any name makes one."""

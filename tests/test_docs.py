@@ -5,10 +5,13 @@ up and a repository `hanuman`; unless a table below says which other test runs i
 does.
 """
 
+import http.server
+import json
 import os
 import re
 import stat
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -41,6 +44,7 @@ BY_TEST = {
     ("recipes.md", "key="): "test_a_push_as_the_page_has_it",
     ("recipes.md", "./install.sh relay"): "test_it_says_url_and_key_for_the_forge",
     ("recipes.md", "install -d /etc/server-update/hooks /etc"): "test_a_hold",
+    ("recipes.md", HOOK_BY % "tell"): "test_a_chat_is_told",
     ("recipes.md", "ssh-keygen"): "test_a_deploy_key",
     ("recipes.md", "git config --global credential"): "test_a_token",
     ("recipes.md", HOOK_BY % "only"): "test_only_signed_commits_go_live",
@@ -272,6 +276,51 @@ def test_a_hold(world, tmp_path):
     (tmp_path / "hold/hanuman").unlink()
     assert world("server-update hanuman").returncode == 0
     assert (world.slave.repos / "hanuman/file").read_text() == "pushed\n"
+
+
+class Chat(http.server.BaseHTTPRequestHandler):
+    """Keeps what it is told in its server's `told`."""
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.told.append(json.loads(body.decode())["text"])
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def chat():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Chat)
+    server.told = []
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_chat_is_told(world, chat, tmp_path):
+    text = adapt(
+        find_block("recipes.md", HOOK_BY % "tell"),
+        ("/etc/server-update/hooks", world.slave.hooks),
+        ("/etc/server-update/chat-url", tmp_path / "chat-url"),
+        ("https://chat.example.org/hooks/1234", "http://127.0.0.1:%d/" % chat.server_port),
+        ("docs/examples/", "%s/docs/examples/" % ROOT),
+    )
+    assert world(text).returncode == 0
+    hook = world.slave.hooks / "update-ended"
+    shown, here = "/etc/server-update/chat-url}", "%s/chat-url}" % tmp_path
+    hook.write_text(adapt(read(hook).replace(" of /etc", ""), (shown, here)))
+    assert world("server-update hanuman").returncode == 0
+    assert world("server-update --ref nowhere hanuman").returncode == 1
+    wait_until(lambda: chat.told, what="a message")
+    (told,) = chat.told
+    live = world.upstream.head()[:7]
+    assert re.search(": hanuman: failed, live is %s. .*nowhere" % live, told), told
 
 
 SIGNED_COMMIT = """

@@ -12,6 +12,7 @@ from farm import refusing_entry
 from forge_support import push
 from processes import is_alive, kill, processes_below, rss_kib, wait_until
 from slave_support import (
+    ONE,
     SECRET,
     kill_hard,
     make_secret,
@@ -183,12 +184,14 @@ def test_how_server_update_is_called(start_relay, upstream):
 # -- what is not good beneath
 
 
-def test_a_dead_leaf_is_told_to_everybody(start_slave, start_relay, update, upstream):
+def test_a_dead_leaf_is_told_to_everybody(start_slave, start_relay, update, upstream, tmp_path):
     upstream.create("hanuman", files={"a": "1"})
     leaf = start_slave()
     dead, keep = refusing_entry()
     below = start_relay([leaf, dead])
     relay = start_relay([below])
+    ended = tmp_path / "ended"
+    hook(relay, "update-ended", '#!/bin/sh\nprintf "<%%s>" "$@" >"%s"\n' % ended)
     with keep:
         done = update([relay], "--json")
     assert (done.returncode, done.outcomes) == (1, {relay.url: "beneath failed"})
@@ -206,6 +209,11 @@ def test_a_dead_leaf_is_told_to_everybody(start_slave, start_relay, update, upst
     assert relay.json("/status?repo=hanuman&history=1")["updates"] == [record]
     short = relay.json("/status")["repos"]["hanuman"]
     assert short == dict(record, beneath_bad=None), "as it may be much"
+    wait_until(ended.exists, what="update-ended")
+    commit = record["commit"]
+    names = "%s, %s > %s" % (below.url, below.url, dead)
+    told = ["hanuman", "beneath failed", "-", commit, "%s (%s)" % (message, names)]
+    wait_until(lambda: ended.read_text() == "".join("<%s>" % word for word in told))
 
 
 def test_a_failed_hook_starts_nothing_beneath(start_slave, start_relay, update, upstream):
@@ -542,3 +550,78 @@ def test_what_is_wrong_is_told_at_the_start(start_relay, tmp_path):
         1,
         "slave.py: no server-update on PATH, beside slave.py or in /bin\n",
     )
+
+
+# -- update-ended
+
+
+def ended_hook(folder):
+    """Notes its arguments, a line a call."""
+    return '#!/bin/sh\necho "$@" >>"%s/ended"\n' % folder
+
+
+def notes(folder):
+    path = folder / "ended"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def test_update_ended_runs_after_each_update(start_slave, upstream, tmp_path):
+    slave = start_slave()
+    stand_in(slave)
+    slave.wait_update()
+    hook(slave, "update-ended", ended_hook(tmp_path))
+    slave.wait_update()
+    wait_until(lambda: len(notes(tmp_path)) == 1)
+    stand_in(slave, text="#!/bin/sh\necho 'fatal: no such thing' >&2\nexit 1\n")
+    slave.wait_update("other")
+    wait_until(lambda: len(notes(tmp_path)) == 2)
+    assert notes(tmp_path) == [
+        "hanuman live - %s " % ONE,
+        "other failed - - no such thing",
+    ]
+    wait_until(lambda: not record_file(slave, "other")["untold"])
+    slave.stop()
+    slave.start()
+    slave.wait_update("third")
+    wait_until(lambda: notes(tmp_path)[-1].startswith("third "))
+    assert len(notes(tmp_path)) == 3, "once each, and none for what ended before there was a hook"
+
+
+def test_update_ended_is_run_again_where_it_was_killed(start_slave, tmp_path):
+    slave = start_slave()
+    stand_in(slave)
+    hook(slave, "update-ended", ended_hook(tmp_path) + "[ -e '%s/go' ] || sleep 99\n" % tmp_path)
+    slave.wait_update()
+    wait_until(lambda: notes(tmp_path))
+    assert slave.wait_update("other")["state"] == "live", "apart from the queue"
+    kill_hard(slave)
+    slave.start()
+    wait_until(lambda: len(notes(tmp_path)) == 2)
+    began = time.monotonic()
+    assert slave.stop() == 0
+    assert time.monotonic() - began < 30
+    (tmp_path / "go").touch()
+    slave.start()
+    wait_until(lambda: len(notes(tmp_path)) == 4)
+    assert sorted(notes(tmp_path)) == ["hanuman live - %s " % ONE] * 3 + ["other live - %s " % ONE]
+    # Once it is noted on disk, it is not run again.
+    wait_until(lambda: not record_file(slave)["untold"])
+    wait_until(lambda: not record_file(slave, "other")["untold"])
+    slave.stop()
+    slave.start()
+    slave.wait_update("third")
+    wait_until(lambda: notes(tmp_path)[-1].startswith("third "))
+    assert len(notes(tmp_path)) == 5
+
+
+def test_what_is_wrong_with_update_ended_is_only_logged(start_slave):
+    slave = start_slave()
+    stand_in(slave)
+    hook(slave, "update-ended", "#!/bin/sh\necho 'no mail' >&2\nexit 3\n")
+    assert slave.wait_update()["message"] == ""
+    wait_until(lambda: "hanuman: update-ended: failed with exit status 3" in slave.log())
+    assert "hanuman: update-ended: no mail" in slave.log()
+    hook(slave, "update-ended", "no script")
+    assert slave.wait_update()["state"] == "live"
+    wait_until(lambda: "hanuman: update-ended: can't run [Errno 8]" in slave.log())
+    wait_until(lambda: not record_file(slave)["untold"])
