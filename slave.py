@@ -1962,12 +1962,11 @@ class Connection(http.server.SimpleHTTPRequestHandler):
             self.refuse(*refusal.args, **refusal.more)
 
     def refuse(self, status, text, *headers, **more):
-        if self.stage.rank == WAITING:  # what comes next is no request
-            self.close_connection = True
+        """An error is the last answer of a connection: what comes next may be no request."""
+        self.close_connection = True
         self.server.throttle.log(f"refused with {status} from {self.client_address[0]}: {text}: "
                                  f"{self.requestline[:200]}")
         self.send(status, dict(more, error=text), *headers)
-        self.wfile.flush()
 
     def parse_request(self):
         """As in http.server; whoever may not ask, or not like this, is refused."""
