@@ -256,7 +256,7 @@ find_manager() {
   elif [ -n "$DESTDIR" ] || [ -d /run/systemd/system ]; then
     manager=systemd
     unit=$DESTDIR/etc/systemd/system/$SERVICE.service
-    log="journalctl -o cat -u $SERVICE"
+    log="journalctl -u $SERVICE"
   else
     manager=none
     unit=$start_script

@@ -268,9 +268,17 @@ class Stderr:
 STDERR = Stderr()
 
 
+def is_journal():
+    """Whether stderr is journald's, where each line has a time without ours: systemd.exec(5)."""
+    here = os.fstat(2)
+    return os.environ.get("JOURNAL_STREAM") == f"{here.st_dev}:{here.st_ino}"
+
+
 def log(text):
     """Writes a line to stderr, in one write, so that the lines of threads never mix."""
     now = strftime("%Y-%m-%dT%H:%M:%SZ ", gmtime())
+    if is_journal():
+        now = ""
     line = f"{now}{escape(USER_RE.sub('', text))}\n"
     with suppress(OSError):  # nobody reads the log: no reason to stop updating
         STDERR.write(line.encode("utf-8", "backslashreplace"))

@@ -584,7 +584,7 @@ def test_a_slave_that_cannot_start_is_told(booted):
     done = booted.run("./install.sh", "slave", cwd=CHECKOUT)
     assert done.returncode == 1
     assert done.stdout.splitlines()[-1] == (
-        "install.sh: cannot start the service %s: see journalctl -o cat -u %s" % (SERVICE, SERVICE)
+        "install.sh: cannot start the service %s: see journalctl -u %s" % (SERVICE, SERVICE)
     )
     booted.path("/etc/server-update/slave.conf").write_text("PORT=9999\nBASE_URL=/srv/up\n")
     assert "started the service" in booted.run("./install.sh", "slave", cwd=CHECKOUT).stdout

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -429,6 +430,20 @@ def test_a_service_manager_hears_once_it_serves(start_slave, tmp_path, is_abstra
 def test_a_service_manager_that_is_gone_is_no_matter(start_slave, tmp_path):
     slave = start_slave(env={"NOTIFY_SOCKET": str(tmp_path / "nothing")})
     assert slave.get("/healthz")[0] == 200
+
+
+def test_journald_gets_no_second_time(start_slave):
+    """$JOURNAL_STREAM names device and inode of what systemd gave: systemd.exec(5)."""
+    slave = start_slave()
+    slave.stop()
+    assert re.match(r"[0-9-]{10}T[0-9:]{8}Z slave\.py ", slave.log())
+    here = slave.log_file.stat()
+    for inode, pattern in ((here.st_ino, "slave"), (here.st_ino + 1, "[0-9T:-]{19}Z slave")):
+        before = len(slave.log())
+        slave.env["JOURNAL_STREAM"] = "%d:%d" % (here.st_dev, inode)
+        slave.start()
+        slave.stop()
+        assert re.match(pattern, slave.log()[before:])
 
 
 # -- process 1
