@@ -19,7 +19,7 @@ from slave_support import stand_in
 
 DRIPPERS = 300  # connections that send a header's byte a second
 SILENT = 50  # connections that never send anything
-THREADS = 2  # of a slave that has nothing to do: who accepts, and who writes
+THREADS = 3  # of a slave that has nothing to do: who accepts, who writes, who tells somebody
 BROKEN = int(os.environ.get("BROKEN", 20000))  # requests
 FUZZERS = 4
 KNOWN = (b"200", b"202", b"400", b"405", b"408", b"404", b"414", b"431", b"503", b"505")
