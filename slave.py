@@ -90,7 +90,8 @@ MAX_BAD_BYTES = 16384  # of them, as JSON
 MAX_NAMES = 10  # of them, for update-ended
 UPDATE_ENDED_TIMEOUT_S = 60
 
-USER_RE = re.compile(r"(?<=://)[^/?#\s]*@")  # user and password of a URL
+# User and password of a URL, also where a / or so in them should have been percent-encoded.
+USER_RE = re.compile(r"(?<=://)(?:[^/]*|[^\s']*)@")
 
 # Connections
 HEADER_TIMEOUT_S = 10  # for a TLS handshake and a whole request header
@@ -2427,7 +2428,7 @@ def serve_or_say(options):
     except (OSError, ValueError) as error:
         name = getattr(error, "filename", None)
         text = f"can't use '{name}': {error.strerror}" if name else str(error)
-        print(f"slave.py: {text}", file=sys.stderr)
+        print(f"slave.py: {USER_RE.sub('', text)}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) or options["hook_key"] else 1
     return 0
 

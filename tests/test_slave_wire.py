@@ -256,6 +256,21 @@ def test_no_user_or_password_of_a_url_is_told(start_slave, http_upstream):
     assert "hunter2" not in told and "us3r" not in told
 
 
+@pytest.mark.parametrize("password", ["pw/hunter2", "1/2@hunter2", "it's?#hunter2"])
+def test_nor_where_what_it_should_be_is_not_encoded(start_slave, password):
+    """In its first lines, and in the complaint that it does not start with."""
+    url = "http://us3r:%s@x/y" % password
+    slave = start_slave(BASE_URL=url)
+    slave.stop()
+    assert "repositories of http://x/y updated" in slave.log()
+    status, told = start_by_hand(slave, "--base-url", url + "/a b")
+    assert (status, told) == (2, "slave.py: bad BASE_URL 'http://x/y/a b' (set by --base-url)\n")
+    slave.conf.write_text("BASE_URL %s\n" % url)
+    status, told = start_by_hand(slave, SERVER_UPDATE_CONF=str(slave.conf))
+    assert (status, told.count("no '='")) == (2, 1)
+    assert "hunter2" not in told + slave.log()
+
+
 def test_a_base_url_of_slashes_alone_is_the_root(start_slave):
     slave = start_slave(BASE_URL="/")
     stand_in(slave, text='#!/bin/sh\necho "$SERVER_UPDATE_BASE_URL" >>"$HOME/runs"\nexit 1\n')
