@@ -60,6 +60,7 @@ dry_run=''
 #   unit         what starts slave.py: a unit, a service script or, with neither, a plain script
 #   log          where slave.py's log is, in words
 #   home         of user, the one who runs the slave
+#   reader       the group that a file is to have that is written, if any
 #   slavelist    what SLAVELIST is to be in a new slave.conf; empty but for a relay
 #   served       what follows slave.py in a command: the file to serve, in quotes
 
@@ -231,6 +232,7 @@ find_places() {
 
 # Who is not root has settings of his own, which the scripts find from where they are themselves.
 find_settings() {
+  reader=''
   config=/etc/server-update
   if [ -n "$is_private" ]; then
     config=$prefix$config
@@ -416,24 +418,25 @@ wanted_list = {"SLAVELIST": slavelist} if slavelist else {}
 around = {key: os.environ.get("SERVER_UPDATE_" + key) for key in slave.SETTINGS}
 written = dict({key: text for key, text in around.items() if text}, **asked, **wanted_list)
 
+def stop(why):
+    sys.exit("install.sh: " + slave.USER_RE.sub("", why))
 def read(environ, conf):
     settings = {"SERVER_UPDATE_" + key: text for key, text in environ.items()}
     try:
         return slave.read_settings(dict(settings, SERVER_UPDATE_CONF=conf), {}, config)
     except ValueError as mistake:
-        sys.exit("install.sh: %s" % str(mistake).split(" (set by")[0])
+        stop(str(mistake).split(" (set by")[0])
     except OSError as error:
-        sys.exit("install.sh: cannot read %s: %s" % (conf, error.strerror or error))
+        stop("cannot read %s: %s" % (conf, error.strerror or error))
 
 if os.path.lexists(conf):
     now, wanted = read({}, conf), read(asked, os.devnull)
     for key, text in asked.items():
         if now[key] != wanted[key]:
-            sys.exit("install.sh: %s says %s=%s: change that, or leave out %s %s"
-                     % (conf, key, now[key], OPTIONS[key], text))
+            stop("%s says %s=%s: change that, or leave out %s %s"
+                 % (conf, key, now[key], OPTIONS[key], text))
     if slavelist and not now["SLAVELIST"]:
-        sys.exit("install.sh: %s names no list: write SLAVELIST=%s there first"
-                 % (conf, slavelist))
+        stop("%s names no list: write SLAVELIST=%s there first" % (conf, slavelist))
 else:
     now = read(written, os.devnull)
 print(now["REPOS_DIR"], now["PORT"], "yes" if now["TLS_CERT"] else "", sep="\n")
@@ -506,11 +509,14 @@ rename_over() { # MODE FILE TEXT: nobody ever sees half of it
 
 # Nobody but its owner may read it before it has its mode: it may be a secret.
 # shellcheck disable=SC2317 # as above
-write_beside() ( # MODE FILE TEXT
+write_beside() ( # MODE FILE TEXT; $reader: the group that it is to have, if any
   mkdir -p "${2%/*}" || exit # before umask: others have to get at what is in it
   umask 077
   # cat, as not every shell says why its own printf could not write
   say "$3" | cat >"$2" || exit
+  if [ -n "$reader" ]; then
+    chgrp "$reader" "$2" || exit
+  fi
   chmod "$1" "$2"
 )
 
@@ -938,6 +944,13 @@ read_answer() {
   port=$(say "$answer" | sed -n 2p)
   has_tls=$(say "$answer" | sed -n 3p)
   upstream=$(say "$answer" | sed -n 6p)
+  has_password=''
+  case $upstream in
+    http://*:*@* | https://*:*@*)
+      has_password=yes
+      upstream=${upstream%%://*}://${upstream##*@}
+      ;;
+  esac
 }
 
 put_slave() {
@@ -977,8 +990,28 @@ is_our_link() {
 }
 
 write_conf() {
-  if [ ! -e "$conf" ]; then
-    put 644 "$conf" "$(say "$answer" | sed 1,6d)" restart
+  if [ -e "$conf" ]; then
+    tell_open_password
+    return
+  fi
+  mode=644
+  if [ -n "$has_password" ]; then
+    # Nobody else's, but its user has to be able to read it.
+    mode=640
+    if [ -z "$DESTDIR" ]; then
+      reader=$(id -g "$user")
+    fi
+  fi
+  put $mode "$conf" "$(say "$answer" | sed 1,6d)" restart
+  reader=''
+}
+
+# The rights of a slave.conf that is there already are left to who has written it.
+tell_open_password() {
+  if [ -n "$(find "$conf" -prune -perm -004)" ] &&
+    grep -q '^[^#]*BASE_URL[^=]*=.*https*://[^/]*:[^/]*@' "$conf"; then
+    say "Others can read the password in $conf; do:"
+    say "  chgrp \"\$(id -g $user)\" '$conf' && chmod 640 '$conf'"
   fi
 }
 

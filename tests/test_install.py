@@ -489,6 +489,42 @@ def test_settings_of_the_environment_go_into_a_new_slave_conf(installer):
     assert re.findall("(?m)^[A-Z_]+=.*", text) == ["PORT=81", "TIMEOUT=5"]
 
 
+PASSWORD = "s3cr3t"
+WITH_PASSWORD = "https://u:%s@127.0.0.1/x" % PASSWORD
+
+
+@pytest.mark.parametrize("form", ["option", "environment"])
+def test_a_slave_conf_with_a_password_is_not_for_others_to_read(installer, form):
+    if form == "option":
+        out = installer.check("slave", "--base-url", WITH_PASSWORD)
+    else:
+        out = installer.check("slave", env={"SERVER_UPDATE_BASE_URL": WITH_PASSWORD})
+    conf = installer.stage / "etc/server-update/slave.conf"
+    assert "\nBASE_URL=%s\n" % WITH_PASSWORD in conf.read_text()
+    assert stat.S_IMODE(conf.stat().st_mode) == 0o640
+    assert PASSWORD not in out
+    # nor is it told in a complaint, nor changed later, but for good advice
+    told = installer.refused("slave", "--base-url", "https://u:%s@other/x" % PASSWORD)
+    assert "says BASE_URL=https://127.0.0.1/x: change that" in told
+    assert PASSWORD not in told
+    assert "Others can read" not in installer.check("slave")
+    conf.chmod(0o644)
+    out = installer.check("slave")
+    advice = "  chgrp \"$(id -g root)\" '%s' && chmod 640 '%s'" % (conf, conf)
+    assert "Others can read the password in %s; do:\n%s\n" % (conf, advice) in out
+    assert stat.S_IMODE(conf.stat().st_mode) == 0o644
+
+
+def test_not_roots_slave_conf_with_a_password_is_his(installer, as_user, tmp_path):
+    prefix = tmp_path / "prefix"
+    prefix.mkdir(mode=0o777)
+    prefix.chmod(0o777)
+    options = ["--prefix", str(prefix), "--base-url", WITH_PASSWORD]
+    assert PASSWORD not in installer.check("slave", *options, staged=False, before=as_user)
+    conf = prefix / "etc/server-update/slave.conf"
+    assert stat.S_IMODE(conf.stat().st_mode) == 0o640
+
+
 def test_not_root_and_no_prefix_is_told_what_to_do(installer, as_user):
     assert installer.refused("slave", staged=False, before=as_user, status=1) == (
         'install.sh: not root: use sudo, or --prefix "$HOME/.local"'
