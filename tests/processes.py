@@ -2,7 +2,9 @@
 
 import os
 import re
+import threading
 import time
+from pathlib import Path
 from signal import SIGKILL
 
 LATEST_S = 30  # by then what is waited for has happened also on a busy machine
@@ -85,3 +87,37 @@ def kill_all_below(folder):
         return not found
 
     wait_until(is_empty, what="the end of all below %s" % folder)
+
+
+class ProcessList(threading.Thread):
+    """The arguments that processes of this machine have while they run.
+
+    What runs only for an instant may be missed; look() sees what runs now for certain.
+    """
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.seen = set()
+        self.is_over = threading.Event()
+        self.start()
+
+    def run(self):
+        while not self.is_over.wait(0.02):
+            self.look()
+
+    def look(self):
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                self.seen.add(path.read_bytes())
+            except OSError:  # it has ended
+                continue
+
+    def arguments(self):
+        """All that were seen until now, with a NUL after each."""
+        return b"\n".join(self.seen.copy()).decode("utf-8", "replace")
+
+    def stop(self):
+        """Look no more; the arguments."""
+        self.is_over.set()
+        self.join()
+        return self.arguments()

@@ -47,6 +47,7 @@ BY_TEST = {
     ("recipes.md", HOOK_BY % "tell"): "test_a_chat_is_told",
     ("recipes.md", "ssh-keygen"): "test_a_deploy_key",
     ("recipes.md", "git config --global credential"): "test_a_token",
+    ("recipes.md", 'chown "root:'): "test_a_token_in_slave_conf",
     ("recipes.md", HOOK_BY % "only"): "test_only_signed_commits_go_live",
     ("recipes.md", 'server-update --commit "$(git'): "test_from_ci",
     ("recipes.md", "install -d -o deploy"): "test_a_hook_of_a_user_has_a_service_restarted",
@@ -248,6 +249,21 @@ def test_a_token(world):
     assert "username=deploy\npassword=a token\n" in world(ask).stdout
     assert stat.S_IMODE((world.slave.home / ".git-credentials").stat().st_mode) == 0o600
     assert not (world.work / "token").exists()
+
+
+def test_a_token_in_slave_conf(world, tmp_path):
+    if os.getuid():
+        pytest.skip("to give a file to another group needs root")
+    conf = tmp_path / "slave.conf"
+    conf.touch()
+    group = subprocess.check_output(["id", "-g", "nobody"])
+    text = find_block("recipes.md", 'chown "root:')
+    done = world(
+        adapt(text, ("/etc/server-update/slave.conf", conf), ("-gn deploy", "-gn nobody"))
+    )
+    assert done.returncode == 0, done.stdout
+    info = conf.stat()
+    assert (info.st_uid, info.st_gid, stat.S_IMODE(info.st_mode)) == (0, int(group), 0o640)
 
 
 def adapt(text, *pairs):

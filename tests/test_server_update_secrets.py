@@ -1,16 +1,20 @@
 """Whole rollouts on real slaves that are signed: nothing of a key is told, and keys can change."""
 
+import json
+import os
 import re
+import subprocess
 import threading
-from pathlib import Path
 
 import pytest
 from farm import refusing_entry
-from processes import wait_until
-from slave_support import make_secret, runs, signature, stand_in
+from processes import ProcessList, wait_until
+from product import PYTHON, SOURCES, copy_scripts
+from slave_support import make_secret, record_file, signature, stand_in
 from test_server_update_keys import MASTER_KEY, SECRET, key_of
 
-USER, PASSWORD = "us3r", "hunter2-and-more"
+# Others may run the same test on this machine meanwhile.
+USER, PASSWORD = "us3r-%d" % os.getpid(), "hunter2-and-more-%d" % os.getpid()
 NONCE_OR_MAC = re.compile(r"\b[ns]=(?:[0-9a-f]{64}|[0-9a-f]{32})\b")
 
 
@@ -28,33 +32,10 @@ def start_signed(start_slave, tmp_path):
     return start
 
 
-class ProcessList(threading.Thread):
-    """All arguments that any process has while it runs: .stop() returns them."""
-
-    def __init__(self):
-        super().__init__(daemon=True)
-        self.seen = set()
-        self.is_over = threading.Event()
-        self.start()
-
-    def run(self):
-        while not self.is_over.wait(0.02):
-            for path in Path("/proc").glob("[0-9]*/cmdline"):
-                try:
-                    self.seen.add(path.read_bytes())
-                except OSError:  # it has ended
-                    continue
-
-    def stop(self):
-        self.is_over.set()
-        self.join()
-        return b"\n".join(self.seen).decode("utf-8", "replace")
-
-
 def readable_by_others(folder):
-    """The text of all files in which others may look, but for git's and the upstream's own."""
+    """The text of all files in which others may look, but for the upstream's own."""
     for path in folder.rglob("*"):
-        if ".git" in path.parts or "upstream" in path.parts or not path.is_file():
+        if "upstream" in path.parts or not path.is_file():
             continue
         if path.stat().st_mode & 0o044:
             yield path, path.read_text(encoding="utf-8", errors="replace")
@@ -69,39 +50,45 @@ def hook(slave, name, text):
 def test_nothing_tells_a_key_or_a_password(start_signed, http_upstream, update, tmp_path):
     """In a rollout that ends in each way there is: live, hook failed, failed and the others."""
     http_upstream.create("hanuman", files={"a": "1"})
+    http_upstream.login = "%s:%s" % (USER, PASSWORD)
+    processes = ProcessList()
+    http_upstream.before_request = lambda requests: processes.look()
     url = http_upstream.url.replace("://", "://%s:%s@" % (USER, PASSWORD))
     slaves = {
-        "live": start_signed("live", BASE_URL=url),
-        "hook failed": start_signed("hook", BASE_URL=http_upstream.url),
+        "live": start_signed("live", BASE_URL=url, env={"SERVER_UPDATE_GIT_FROM": "127.0.0.1"}),
+        "hook failed": start_signed("hook", BASE_URL=url),
         "failed": start_signed("failed", BASE_URL="http://%s:%s@127.0.0.1:1" % (USER, PASSWORD)),
         "refused": start_signed("refused", key="f" * 64),
         "timeout": start_signed("timeout"),
     }
-    hook(slaves["hook failed"], "post-update", "echo broken >&2\nexit 3\n")
+    not_let_in = start_signed("let-in", BASE_URL=url.replace(PASSWORD, PASSWORD + "x"))
+    not_found = start_signed("not-found", BASE_URL=url + "/nowhere")
+    hook(slaves["hook failed"], "post-update", "env >&2\necho broken >&2\nexit 3\n")
     stand_in(slaves["timeout"], "sleep 300")
     gone, keep = refusing_entry()
     entries = {outcome: "127.0.0.1:%d" % slave.port for outcome, slave in slaves.items()}
     entries["unreachable"] = gone
     master_key = make_secret(tmp_path / "master-key", MASTER_KEY)
     secret = make_secret(tmp_path / "shared-secret", SECRET)
-    processes = ProcessList()
     options = ["--master-key-file", str(master_key), "--secret-file", str(secret)]
     options += ["--retries=0", "--timeout=20", "--write-failed", str(tmp_path / "failed")]
     done = update(entries.values(), *options, "--json")
     plain = update(entries.values(), *options, "--status", "-v")
+    failed = update([not_let_in.url, not_found.url], *options, "--json")
     # one whose secret is another, and who is told so
     make_secret(slaves["live"].secret, "e" * 64)
     wrong = update([entries["live"]], "--secret-file", str(secret))
     keep.close()
     assert {entry: outcome for outcome, entry in entries.items()} == done.outcomes, done.stdout
+    assert set(failed.outcomes.values()) == {"failed"}
+    assert "Authentication failed for 'http://127.0.0.1:" in failed.stdout
     assert (plain.returncode, wrong.returncode) == (1, 1)
 
+    slaves.update(let_in=not_let_in, not_found=not_found)
     keys = [MASTER_KEY, SECRET, *(key_of(slave.url) for slave in slaves.values())]
     told = {"processes": processes.stop()}
-    for name in keys:
-        assert name not in told["processes"]
-    del told["processes"]  # git itself has a URL in its arguments, with all that is in it
-    for run in (done, plain, wrong):
+    assert "remote-http\0" in told["processes"]
+    for run in (done, plain, failed, wrong):
         told["said %d" % len(told)] = run.stdout + run.stderr
     told["list"] = (tmp_path / "failed").read_text()
     for name, slave in slaves.items():
@@ -111,42 +98,77 @@ def test_nothing_tells_a_key_or_a_password(start_signed, http_upstream, update, 
     for path, text in readable_by_others(tmp_path):
         if path.name != "slave.conf":  # this is where the URL comes from
             told[str(path)] = text
+    assert str(slaves["live"].repos / "hanuman/.git/config") in told
+    assert (slaves["live"].state / "hanuman.git/config").exists()
     for where, text in told.items():
         for name in [*keys, USER, PASSWORD]:
             assert name not in text, where
         assert not NONCE_OR_MAC.search(text), where
 
 
-def test_keys_of_their_own_come_without_a_gap(start_slave, start_update, update, tmp_path):
-    """As docs/security.md says, while a command that began with the shared secret is under way."""
-    shared = make_secret(tmp_path / "shared", SECRET)
-    master_key = make_secret(tmp_path / "master-key", MASTER_KEY)
-    old, new = ["--secret-file", str(shared)], ["--master-key-file", str(master_key)]
-    slaves = []
-    for number in range(3):
-        slave = start_slave(SECRET_FILE=make_secret(tmp_path / ("secret-%d" % number), SECRET))
-        stand_in(slave, 'while [ -e "$HOME/wait" ]; do sleep 0.1; done')
-        slave.secret = tmp_path / ("secret-%d" % number)
-        slaves.append(slave)
-    entries = ["127.0.0.1:%d" % slave.port for slave in slaves]
-    assert update(entries, *old).returncode == 0
+class Rollouts(threading.Thread):
+    """Runs server-update without end, one rollout of a new commit after another."""
 
-    (slaves[2].home / "wait").touch()
-    under_way = start_update(entries, "--json", *old)
-    wait_until(lambda: len(runs(slaves[2])) > 2, what="the update under way")
+    def __init__(self, command, repo):
+        super().__init__(daemon=True)
+        self.command = command
+        self.repo = repo
+        self.done = []  # the outcomes of each that has ended
+        self.is_over = threading.Event()
+        self.start()
+
+    def run(self):
+        while not self.is_over.is_set():
+            self.repo.commit({"a": str(len(self.done))})
+            run = subprocess.run(self.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            lines = map(json.loads, run.stdout.decode("utf-8", "replace").splitlines())
+            self.done.append([line["outcome"] for line in lines if line["type"] == "result"])
+
+    def wait_for_more(self):
+        """Wait until one has ended that began after this was called."""
+        enough = len(self.done) + 2
+        wait_until(lambda: len(self.done) >= enough, 120, what="%d rollouts" % enough)
+
+    def stop(self):
+        self.is_over.set()
+        self.join()
+
+
+def test_keys_of_their_own_come_without_a_gap(start_slave, http_upstream, tmp_path):
+    """As docs/security.md says, on real slaves, while they are updated all the time."""
+    repo = http_upstream.create("hanuman", files={"a": "1"})
+    slaves = []
+    for number in range(2):
+        secret = make_secret(tmp_path / ("secret-%d" % number), SECRET)
+        slaves.append(start_slave(SECRET_FILE=secret, BASE_URL=http_upstream.url))
+        slaves[-1].secret = secret
+    # A master with its files where it looks for them by itself.
+    etc = tmp_path / "prefix" / "etc" / "server-update"
+    etc.mkdir(parents=True)
+    script = copy_scripts(SOURCES, tmp_path / "prefix" / "bin", "server-update") / "server-update"
+    (etc / "slavelist.txt").write_text("".join(slave.url + "\n" for slave in slaves))
+    make_secret(etc / "secret", SECRET)
+    rollouts = Rollouts([PYTHON, "-I", str(script), "--json", "hanuman"], repo)
+
+    rollouts.wait_for_more()
     # 1. each slave has its own key as a second line
     for slave in slaves:
         make_secret(slave.secret, SECRET, key_of(slave.url))
-    assert update(entries[:2], *old).returncode == 0
-    # 2. the master has the master key
-    assert update(entries[:2], "--json", *new).outcomes == dict.fromkeys(entries[:2], "live")
+    rollouts.wait_for_more()
+    # 2. the master has the master key, while one that began before is under way on each slave
+    http_upstream.fault = "hang"
+    wait_until(lambda: all(record_file(slave)["state"] == "running" for slave in slaves))
+    make_secret(etc / "master-key.next", MASTER_KEY).rename(etc / "master-key")
+    http_upstream.fault = None
+    rollouts.wait_for_more()
     # 3. once what began before has ended, the old line goes
-    assert under_way.process.poll() is None
-    (slaves[2].home / "wait").unlink()
-    assert under_way.finish().outcomes == dict.fromkeys(entries, "live")
     for slave in slaves:
         make_secret(slave.secret, key_of(slave.url))
-    assert update(entries, "--json", *new).outcomes == dict.fromkeys(entries, "live")
-    assert update(entries, "--json", *old).outcomes == dict.fromkeys(entries, "refused")
-    header = signature("/status", SECRET)
-    assert {slave.get("/status", headers=header)[0] for slave in slaves} == {401}
+    rollouts.wait_for_more()
+    rollouts.stop()
+
+    assert rollouts.done == [["live", "live"]] * len(rollouts.done)
+    for slave in slaves:
+        assert "signature" not in slave.log()
+        assert slave.get("/status", headers=signature("/status", SECRET))[0] == 401
+        assert slave.get("/status", headers=signature("/status", key_of(slave.url)))[0] == 200

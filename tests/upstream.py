@@ -1,5 +1,6 @@
 """Real git repositories for the tests, by path and over HTTP through git http-backend."""
 
+import base64
 import http.server
 import os
 import socket
@@ -150,10 +151,21 @@ class GitHandler(http.server.BaseHTTPRequestHandler):
         self.server.requests.append("%s %s" % (self.command, self.path))
         self.server.before_request(self.server.requests)
         self.number = len(self.server.requests)
-        if not self._misbehave():
+        if not self._misbehave() and self._may_enter():
             self._run_backend()
 
     do_POST = do_GET
+
+    def _may_enter(self):
+        """Whether it has the login that is demanded, if any; else it is answered with 401."""
+        login = self.server.login
+        if login is None:
+            return True
+        given = base64.b64encode(login.encode("utf-8")).decode()
+        if self.headers.get("Authorization") == "Basic " + given:
+            return True
+        self._refuse("401")
+        return False
 
     def _fault(self):
         return self.server.faults_at.get(self.number, self.server.fault) or ""
@@ -168,17 +180,22 @@ class GitHandler(http.server.BaseHTTPRequestHandler):
         elif fault == "garbage":
             self.wfile.write(b"\x00\xff these are not the packs you are looking for\r\n" * 20)
         elif fault.isdigit():
-            body = "no\n"
-            self.wfile.write(
-                (
-                    "HTTP/1.1 %s No\r\nWWW-Authenticate: Basic realm=x\r\nContent-Length: %d\r\n"
-                    "Connection: close\r\n\r\n%s" % (fault, len(body), body)
-                ).encode()
-            )
+            self._refuse(fault)
         else:
             return False
         self.close_connection = True
         return True
+
+    def _refuse(self, status):
+        """Answer with that status, and end the connection."""
+        body = "no\n"
+        self.wfile.write(
+            (
+                "HTTP/1.1 %s No\r\nWWW-Authenticate: Basic realm=x\r\nContent-Length: %d\r\n"
+                "Connection: close\r\n\r\n%s" % (status, len(body), body)
+            ).encode()
+        )
+        self.close_connection = True
 
     def _run_backend(self):
         path, _, query = self.path.partition("?")
@@ -285,6 +302,7 @@ class HttpUpstream(http.server.ThreadingHTTPServer):
       "cut:N"         an answer to a POST (the packs) ends after N bytes of body
       "slow:N"        at most about N bytes a second
     faults_at: {3: "503"}, faults that only the third request meets, and so on; `requests` counts.
+    login: "user:password" that each request must have by basic authentication, or None.
     before_request: is called with `requests`, in the thread that answers the last of them.
     """
 
@@ -297,6 +315,7 @@ class HttpUpstream(http.server.ThreadingHTTPServer):
         self.bytes_sent = self.bytes_received = 0
         self.requests = []
         self.faults_at = {}
+        self.login = None
         self.before_request = lambda requests: None
         self.released = threading.Event()
         self._fault = None
