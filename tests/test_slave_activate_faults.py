@@ -121,6 +121,46 @@ def test_term_at_every_stage(activate, upstream):
     assert interrupted > TERMS / 4
 
 
+def calls_of(activate, tmp_path, call):
+    """How often the shell of an update makes a system call, until the exchange and after it."""
+    log = tmp_path / "calls"
+    activate.good("r", prefix=["strace", "-qq", "-e", "trace=" + call, "-o", str(log)])
+    return len(log.read_text().splitlines())
+
+
+def term_at(call, number):
+    """What a run gets as a prefix that is to be sent TERM at a system call of its shell."""
+    fault = "inject=%s:signal=TERM:when=%d" % (call, number)
+    return ["strace", "-qq", "-e", "trace=" + call, "-e", fault, "-o", "/dev/null"]
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_term_is_told_where_stderr_leads_elsewhere_for_a_moment(activate, upstream, number):
+    """While the lock is opened (1) and while its holder is written into it (2)."""
+    need("strace")
+    upstream.create("r")
+    activate.good("r")
+    prefix = ["-P", str(activate.state / "r.lock")]
+    result = activate("r", prefix=term_at("openat", number) + prefix)
+    assert (result.status, result.err) == (1, "slave-activate: interrupted\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("call", ["clone", "dup2"])
+def test_term_at_every_system_call(activate, upstream, tmp_path, call):
+    """At each process that the shell starts, and wherever one of its descriptors changes."""
+    need("strace")
+    repo = upstream.create("r", {"a": "0"})
+    activate.good("r")
+    interrupted = 0
+    for number in range(1, calls_of(activate, tmp_path, call) + 1):
+        before, old = snapshot(activate.live()), activate.head()
+        new = repo.commit({"a": str(number)})
+        process = activate.start("r", prefix=term_at(call, number))
+        interrupted += check_term(activate, process, old, new, before)
+    assert interrupted > 5
+
+
 @pytest.mark.parametrize("shell", SHELLS)
 def test_term_while_upstream_hangs(activate, upstream, http_upstream, shell):
     upstream.create("r")
