@@ -492,5 +492,5 @@ def test_a_folder_that_cannot_be_written_is_one_clear_line(activate, upstream, t
     result = activate("r")
     assert (result.status, result.last) == (
         1,
-        "slave-activate: can't make '%s/.server-update'" % (tmp_path / "file"),
+        "slave-activate: can't make '%s/.server-update': Not a directory" % (tmp_path / "file"),
     )

@@ -201,11 +201,13 @@ def test_settings_that_cannot_be_looked_at_are_an_error(activate, tmp_path, shel
     assert activate("r", prefix=prefix).status == 2
 
 
-def test_a_pre_update_that_removes_git(activate, repo):
+@pytest.mark.parametrize("command", ["rm -rf .git", "mv .git ~/git; ln -s ~/git .git"])
+def test_a_pre_update_that_removes_git(activate, repo, command):
+    """A link leads elsewhere from where the tree goes live."""
     first, _ = activate.good("r")
     before = snapshot(activate.live())
     repo.commit({"f": "2"})
-    activate.hook("pre-update", "rm -rf .git\n")
+    activate.hook("pre-update", command + "\n")
     result = activate("r")
     assert (result.status, result.out) == (1, ""), result
     assert result.err == (

@@ -35,7 +35,8 @@ def test_another_users_folder_stops_no_later_update(activate, upstream, tmp_path
     for folder, folders, files in os.walk(str(activate.state / "trash")):
         for name in folders + files:
             os.chown(os.path.join(folder, name), ANOTHER_USER, ANOTHER_USER)
-    assert activate("r", prefix=prefix).status == 0
+    for _ in range(5):  # a run takes a second for it, which is little on a busy machine
+        assert activate("r", prefix=prefix).status == 0
     assert activate.leftovers() == [], "what can be removed at last is"
 
 

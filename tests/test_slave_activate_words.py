@@ -5,7 +5,8 @@ import shutil
 import subprocess
 
 import pytest
-from activate_support import in_mounts
+from activate_support import as_another_user, in_mounts
+from product import SHELLS
 
 SECRET = "s3cr3t"
 
@@ -126,6 +127,36 @@ def test_a_lock_that_is_a_link(activate, tmp_path):
     (activate.state / "r.lock").symlink_to(tmp_path / "theirs")
     result = activate("r")
     assert (result.status, (tmp_path / "theirs").read_text()) == (1, "theirs"), result
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_a_lock_that_is_no_file(activate, make):
+    """To open a pipe would wait for somebody who writes into it, for longer than TIMEOUT."""
+    activate.state.mkdir(parents=True)
+    lock = activate.state / "r.lock"
+    make(str(lock))
+    result = activate("r")
+    assert (result.status, result.out) == (1, ""), result
+    assert result.last == "slave-activate: '%s' is no file; remove it" % lock
+
+
+def test_clones_in_a_folder_of_another_user(activate):
+    """The message names the folder and its owner, and says why."""
+    user = as_another_user(activate)
+    assert activate("r", prefix=user).status == 0
+    os.chown(str(activate.repos), 0, 0)
+    activate.repos.chmod(0o755)
+    result = activate("r", prefix=user)
+    assert result.status == 1, result
+    assert ".r.new'" in result.last and ": Permission denied; " in result.last
+    assert "'%s' belongs to root" % activate.repos in result.last
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_without_proc(activate, shell):
+    result = activate("r", prefix=in_mounts("mount -t tmpfs tmpfs /proc") + shell.split())
+    assert (result.status, result.out) == (1, ""), result
+    assert result.err == "slave-activate: can't read /proc/uptime; mount /proc\n"
 
 
 def test_a_url_that_git_knows_nothing_of(activate):
