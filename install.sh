@@ -327,10 +327,12 @@ import ctypes, http.server, ssl
 find_user() {
   unit_before=$(cat "$unit" 2>/dev/null) || :
   if [ -n "$is_private" ]; then
-    if [ "${user:-$(id -un)}" != "$(id -un)" ]; then
+    caller=$(id -un 2>/dev/null) ||
+      die 1 "user $(id -u) has no name here: it needs a line in /etc/passwd"
+    if [ "${user:-$caller}" != "$caller" ]; then
       die 2 "--user $user: only root can have slave.py run as somebody else"
     fi
-    user=$(id -un)
+    user=$caller
   fi
   user=${user:-$(user_before)}
   user=${user:-${SUDO_USER:-root}}

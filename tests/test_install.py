@@ -305,6 +305,17 @@ def test_who_is_not_root_runs_it_as_himself(installer, as_user, tmp_path):
     )
 
 
+def test_who_has_no_name_is_told_so(installer, as_user, tmp_path):
+    if not as_user:
+        pytest.skip("being a user without a name needs root")
+    before = ("unshare", "--user", "--map-user=54321")
+    args = ["slave", "--prefix", str(tmp_path / "own")]
+    env = {"HOME": str(tmp_path)}
+    assert installer.refused(*args, staged=False, before=before, status=1, env=env) == (
+        "install.sh: user 54321 has no name here: it needs a line in /etc/passwd"
+    )
+
+
 @pytest.mark.slow
 def test_a_folder_beside_that_of_the_clones_is_left_alone(installer, as_user, tmp_path):
     (tmp_path / "repos.new").mkdir()
