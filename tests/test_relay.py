@@ -10,6 +10,7 @@ from signal import SIGKILL
 import pytest
 from farm import refusing_entry
 from forge_support import push
+from pages import BLOCKS
 from processes import is_alive, kill, processes_below, rss_kib, wait_until
 from slave_support import (
     ONE,
@@ -520,6 +521,59 @@ def test_a_large_fleet_beneath_takes_no_memory(start_relay, tmp_path):
     assert len(record["beneath_bad"]) == 100
     assert len(json.dumps(record["beneath_bad"])) <= 16384
     assert rss_kib(relay.process.pid) - before < 3000
+
+
+# -- docs/recipes.md
+
+
+@pytest.mark.slow
+def test_one_before_the_rest(start_slave, start_relay, upstream):
+    repo = upstream.create("hanuman", files={"a": "1"})
+    (text,) = [one.text for one in BLOCKS if one.begins("recipes.md", "RELAY_OPTIONS=")]
+    leaves = [start_slave() for _ in range(4)]
+    relay = start_relay(leaves, RELAY_OPTIONS=text.strip().partition("=")[2])
+    assert relay.wait_update()["beneath"] == {"live": 4}
+    first = repo.head()
+    repo.commit({"a": "bad"})
+    hook(leaves[0], "pre-update", "#!/bin/sh\nexit 1\n")
+    assert relay.wait_update()["beneath"] == {"failed": 1, "not started": 3}
+    assert {leaf.json("/status?repo=hanuman")["commit"] for leaf in leaves} == {first}
+
+
+def test_what_must_happen_once_happens_before_all_else(start_slave, start_relay, upstream):
+    repo = upstream.create("hanuman", files={"a": "1"})
+    leaves = [start_slave() for _ in range(3)]
+    relay = start_relay(leaves)
+    migrate = '#!/bin/sh\necho "$3" >>"$HOME/migrated"\n[ "$(cat a)" != bad ]\n'
+    hook(relay, "pre-update", migrate)
+    assert relay.wait_update()["beneath"] == {"live": 3}
+    good, bad = repo.head(), repo.commit({"a": "bad"})
+    assert relay.wait_update()["beneath"] == {"not started": 3}
+    assert (relay.home / "migrated").read_text() == "%s\n%s\n" % (good, bad)
+    assert {leaf.json("/status?repo=hanuman")["commit"] for leaf in leaves} == {good}
+
+
+@pytest.mark.slow
+def test_a_fleet_that_grows_and_shrinks(start_slave, start_relay, upstream):
+    repo = upstream.create("hanuman", files={"a": "1"})
+    old, new = start_slave(), start_slave()
+    relay = start_relay([old])
+    assert relay.wait_update()["beneath"] == {"live": 1}
+    # The new one's first boot.
+    env = dict(os.environ, HOME=str(new.home), SERVER_UPDATE_CONF=str(new.conf))
+    subprocess.check_call([str(new.bin / "slave-activate"), "hanuman"], env=env)
+    assert git(new, "rev-parse", "HEAD") == repo.head()
+    made_anew = relay.slavelist.with_name("slavelist.txt.new")
+    write_list(made_anew, [old, new])
+    made_anew.rename(relay.slavelist)
+    repo.commit({"a": "2"})
+    assert relay.wait_update()["beneath"] == {"live": 2}
+    assert git(new, "rev-parse", "HEAD") == repo.head()
+    write_list(made_anew, [new])
+    made_anew.rename(relay.slavelist)
+    before, last = repo.head(), repo.commit({"a": "3"})
+    assert relay.wait_update()["beneath"] == {"live": 1}
+    assert (git(old, "rev-parse", "HEAD"), git(new, "rev-parse", "HEAD")) == (before, last)
 
 
 # -- the start
