@@ -206,7 +206,7 @@ def check_regular(handle):
 def sign(secret, method, target, when, nonce):
     """The signature of a request, in hex; `secret` is bytes, all else the text as it is sent."""
     lines = "\n".join(("server-update-1", method, target, when, nonce))
-    return hmac.new(secret, lines.encode("iso-8859-1"), "sha256").hexdigest()
+    return hmac.digest(secret, lines.encode("iso-8859-1"), "sha256").hex()
 
 
 def read_secrets(path):

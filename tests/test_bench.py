@@ -229,3 +229,16 @@ def test_the_interval_is_that_of_order_statistics():
     program = "import against; print([against.places(n) for n in (1, 2, 5, 6, 9, 11, 20, 40)])"
     done = run(sys.executable, "-c", program, PYTHONPATH=str(ROOT / "bench"))
     assert done.stdout.strip() == "[0, 0, 0, 0, 1, 1, 5, 13]"
+
+
+def test_the_price_of_keys_is_a_ratio_of_pairs(tmp_path):
+    (tmp_path / "work").mkdir()
+    command = [sys.executable, str(ROOT / "bench" / "keys.py"), "--slaves=3", "--pairs=2"]
+    done = run(*command, "--no-wait", TMPDIR=str(tmp_path / "work"))
+    assert done.returncode == 0, done.stdout
+    seconds = r"\d+\.\d{3} s"
+    pair = "%s %s\n" % (seconds, seconds)
+    ratio = r"ratio: \d\.\d{3}, the median of 2 pairs \(.*\); at most 1\.05 is promised\n"
+    medians = "keys of their own: %s of CPU\none secret: %s of CPU\n" % (seconds, seconds)
+    assert re.fullmatch(pair * 2 + medians + ratio, done.stdout), done.stdout
+    assert os.listdir(str(tmp_path / "work")) == []
