@@ -27,6 +27,7 @@ SLAVES = 20
 RELAYED, BY_HAND = "git push, a relay does the rest", "slave-activate, then server-update"
 DEAD = "127.0.0.1:1"
 FOLLOW_S = 300
+TELL_S = 30
 # What a forge does at a push: {key}, {port} and {repo} are those of the relay's hook.
 POST_RECEIVE = """#!{python} -IS
 import hmac, http.client, json, sys
@@ -42,6 +43,24 @@ with open("answer", "wb") as answer:
 """
 
 
+# What the relay's update-ended is called with, a line an update.
+UPDATE_ENDED = """#!/bin/sh
+echo "$*" >>'{told}'
+"""
+
+
+def write_hook(path, text):
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "w", encoding="ascii") as handle:
+        handle.write(text)
+    os.chmod(path, 0o755)
+
+
+def read(path):
+    with open(path, encoding="utf-8") as handle:
+        return handle.read()
+
+
 class Relay:
     """A relay above a fleet's slaves, all with one secret, and who pushes to its upstream."""
 
@@ -50,6 +69,7 @@ class Relay:
         self.author = os.path.join(slaves.work, "author.git")
         self.secret = secrets.token_hex(32)
         self.secret_file = os.path.join(slaves.work, "secret")
+        self.told = os.path.join(slaves.work, "told")
         self.port = None
 
     def start(self):
@@ -58,18 +78,16 @@ class Relay:
         with open(os.open(self.secret_file, os.O_WRONLY | os.O_CREAT, 0o600), "w") as handle:
             handle.write(self.secret + "\n")
         self.slaves.start(SECRET_FILE=self.secret_file)
+        hooks = os.path.join(self.slaves.work, "relay-hooks")
+        write_hook(os.path.join(hooks, "update-ended"), UPDATE_ENDED.format(told=self.told))
         settings = {"SECRET_FILE": self.secret_file, "SLAVELIST": self.slaves.list}
-        self.port = self.slaves.start_slave("relay", **settings)
-        run_git = upstream.run_git
-        run_git(".", "clone", "-q", "--bare", self.slaves.bare, self.author)
+        self.port = self.slaves.start_slave("relay", HOOKS_DIR=hooks, **settings)
+        upstream.run_git(".", "clone", "-q", "--bare", self.slaves.bare, self.author)
         text = "server-update-hook-1\n%s\n" % self.slaves.kind
         key = hmac.new(self.secret.encode(), text.encode(), hashlib.sha256).hexdigest()
         hook = os.path.join(self.slaves.bare, "hooks", "post-receive")
         facts = {"python": sys.executable, "port": self.port, "repo": self.slaves.kind}
-        os.makedirs(os.path.dirname(hook), exist_ok=True)
-        with open(hook, "w", encoding="ascii") as handle:
-            handle.write(POST_RECEIVE.format(key=key, **facts))
-        os.chmod(hook, 0o755)
+        write_hook(hook, POST_RECEIVE.format(key=key, **facts))
 
     def sign(self, target):
         """The header of a request, as docs/security.md has it."""
@@ -147,7 +165,7 @@ def take_turns(relay, group, rounds):
 
 
 def check_dead(relay):
-    """Raises Failed unless a dead slave is told in the record and to who follows."""
+    """Raises Failed unless a dead slave is told in the record, by update-ended, to who follows."""
     with open(relay.slaves.list, "a", encoding="ascii") as handle:
         handle.write(DEAD + "\n")
     upstream.commit(relay.author, 1)
@@ -156,6 +174,11 @@ def check_dead(relay):
     told = relay.ask(f"/status?repo={relay.slaves.kind}")["beneath_bad"]
     if [bad["slave"] for bad in told] != [DEAD]:
         raise measure.Failed(f"who is dead: {told}")
+    end = time.monotonic() + TELL_S
+    while DEAD not in read(relay.told):
+        if time.monotonic() > end:
+            raise measure.Failed(f"update-ended was called with {read(relay.told)}")
+        time.sleep(0.01)
     status = relay.status_of_who_follows()
     if status != 1:
         raise measure.Failed(f"who followed the relay had exit status {status}")
