@@ -15,6 +15,7 @@
 #   --repo NAME      relay: print the key for a forge that tells of pushes to this repository
 #   --new-secret     master: make a master key, and say how each slave gets its own key from it
 #   --dry-run        say what would be done, and do nothing
+#   --version        print the version
 #   -h, --help       print this
 #
 # To upgrade run it again: it replaces what differs, and restarts the slave only then. With
@@ -23,6 +24,7 @@
 set -euf
 unset CDPATH
 umask 022
+VERSION=2.0
 export COLUMNS=80 NO_COLOR=1 # for --help, which becomes the man pages
 DESTDIR=${DESTDIR-}
 SERVICE=server-update-slave
@@ -87,6 +89,20 @@ print_help() {
   sed -n '2,/^set/s/^# \{0,1\}//p' "$0"
 }
 
+check_value() { # OPTION [VALUE] ...
+  if [ $# -eq 1 ]; then
+    die 2 "$1 needs a value"
+  fi
+  # An empty one is a value for --serve alone: no file.
+  if [ -z "$2" ] && [ "$1" != --serve ]; then
+    die 2 "$1 needs a value"
+  fi
+}
+
+print_version() {
+  say "install.sh $VERSION"
+}
+
 parse_args() {
   while [ $# -gt 0 ]; do
     # --port=80 is --port 80
@@ -106,14 +122,12 @@ parse_args() {
         print_help
         exit 0
         ;;
+      --version)
+        print_version
+        exit 0
+        ;;
       --prefix | --user | --repos | --base-url | --port | --serve | --repo)
-        if [ $# -eq 1 ]; then
-          die 2 "$1 needs a value"
-        fi
-        # An empty one is a value for --serve alone: no file.
-        if [ -z "$2" ] && [ "$1" != --serve ]; then
-          die 2 "$1 needs a value"
-        fi
+        check_value "$@"
         take_option "$1" "$2"
         shift
         ;;

@@ -55,7 +55,7 @@ from threading import Condition, Lock, stack_size
 from time import gmtime, monotonic, sleep, strftime, time
 from urllib.parse import unquote, unquote_to_bytes
 
-VERSION = "1.0"
+VERSION = "2.0"
 
 # Updates
 MAX_RUNNING = 4  # side by side

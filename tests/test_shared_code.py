@@ -11,7 +11,7 @@ import sys
 import tokenize
 
 import pytest
-from product import PYTHON, ROOT
+from product import PYTHON, ROOT, SOURCES, VERSION
 
 PYTHON_SCRIPTS = ["server-update", "slave.py"]
 SHELL_SCRIPTS = ["slave-activate", "install.sh"]
@@ -77,12 +77,12 @@ def test_python_is_that_of_3_7_and_has_short_functions(name):
     assert {name: size for name, size in too_long.items() if size > MAX_FUNCTION_LINES} == {}
 
 
-def test_both_scripts_and_the_changes_have_one_version():
-    versions = {re.search('(?m)^VERSION = "(.+)"', text_of(name)).group(1)
-                for name in PYTHON_SCRIPTS}
-    assert len(versions) == 1
+def test_all_scripts_and_the_changes_have_one_version():
+    for name in SCRIPTS:
+        run = subprocess.run([SOURCES / name, "--version"], stdout=subprocess.PIPE, check=True)
+        assert run.stdout.decode() == "%s %s\n" % (name, VERSION)
     changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    assert re.search(r"(?m)^## %s$" % re.escape(versions.pop()), changes)
+    assert re.search(r"(?m)^## %s$" % re.escape(VERSION), changes)
 
 
 @pytest.mark.parametrize("name", PYTHON_SCRIPTS)
