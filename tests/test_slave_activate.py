@@ -407,6 +407,13 @@ def test_who_cannot_hear_still_gets_the_right_exit_status(activate, upstream, sh
     assert activate.head() == repo.head()
 
 
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_closed_output_is_no_error(activate, repo, shell):
+    command = 'shell=$1; shift; exec $shell "$@" >&-'
+    result = activate("r", prefix=["sh", "-c", command, "sh", shell])
+    assert (result.status, result.err) == (0, ""), result
+
+
 def test_a_hook_that_is_not_executable_is_named_and_has_failed(activate, upstream):
     upstream.create("r")
     hook = activate.hook("pre-update", "exit 0\n", mode=0o644)
