@@ -16,6 +16,7 @@ import pytest
 from processes import processes_below, rss_kib, wait_until
 from product import PYTHON, VERSION
 from slave_support import (
+    THREADS,
     ONE,
     SOON_ENDED,
     kill_hard,
@@ -30,7 +31,6 @@ ROUNDS = int(os.environ.get("ROUNDS", 10))  # of kill -9, with a quick slave-act
 REAL_ROUNDS = int(os.environ.get("REAL_ROUNDS", 3))  # with the real one
 BURST = 1000  # signals
 UPDATES = 100  # for zombies, memory and open files
-THREADS = 3  # of a slave that has nothing to do: who accepts, who writes, who tells somebody
 TOO_LONG = "x" * 256  # for the name of a file
 EXCHANGES = int(os.environ.get("EXCHANGES", 12))  # of the repository that has the served file
 # -- never lost

@@ -13,7 +13,7 @@ import time
 
 import pytest
 from processes import rss_kib, wait_until
-from slave_support import runs, stand_in, wait_runs
+from slave_support import THREADS, runs, stand_in, wait_runs
 
 RESETS = 1600
 REQUESTS = int(os.environ.get("REQUESTS", 6000))  # of all kinds, a third of them spoilt
@@ -71,7 +71,7 @@ def cpu_s(slave):
 def test_connections_that_are_reset_leave_nothing(start_slave):
     slave = start_slave()
     slave.get("/healthz")
-    wait_until(lambda: threads(slave) == 2, what="threads to end")
+    wait_until(lambda: threads(slave) == THREADS, what="threads to end")
     before = open_files(slave)
     for _ in range(RESETS):
         connection = connect(slave.port)
@@ -93,7 +93,7 @@ def test_who_follows_an_update_leaves_nothing_either(start_slave, tmp_path, is_r
     stand_in(slave, 'until [ -e "%s" ]; do sleep 0.05; done' % (tmp_path / "go"))
     update = slave.signal()
     wait_runs(slave, 1)
-    wait_until(lambda: threads(slave) <= 3, what="idle threads to end")
+    wait_until(lambda: threads(slave) <= THREADS + 1, what="idle threads to end")
     before = open_files(slave)
     followers = []
     for _ in range(300):  # more than there is room for
@@ -166,7 +166,7 @@ def test_a_long_day(start_slave, tmp_path):
     def rest():
         wait_until(lambda: not any(one["state"] in ("queued", "running")
                                    for one in slave.json("/status")["repos"].values()))
-        wait_until(lambda: threads(slave) == 2, what="threads to end")
+        wait_until(lambda: threads(slave) == THREADS, what="threads to end")
         return open_files(slave), rss_kib(slave.process.pid)
 
     send(1000)

@@ -15,11 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from processes import rss_kib, wait_until
-from slave_support import stand_in
+from slave_support import THREADS, stand_in
 
 DRIPPERS = 300  # connections that send a header's byte a second
 SILENT = 50  # connections that never send anything
-THREADS = 3  # of a slave that has nothing to do: who accepts, who writes, who tells somebody
 BROKEN = int(os.environ.get("BROKEN", 20000))  # requests
 FUZZERS = 4
 KNOWN = (b"200", b"202", b"400", b"405", b"408", b"404", b"414", b"431", b"503", b"505")
