@@ -839,7 +839,10 @@ class Journal:
         return after, outcomes
 
     def recall(self, repo):
-        """The Records of a repository."""
+        """The Records of a repository; one that says so, where they can't be read now."""
+        if repo in self.unread:
+            message = "its record can't be read; the log says why"
+            return Records((Record(repo, 0, None, "failed", 0, finished=time(), message=message),))
         return self.records.get(repo, Records())
 
     def save(self, repo, records):
@@ -924,11 +927,11 @@ class Lines:
 
     def add(self, part):
         """Takes the lines that are whole by now; at the end, which is b"", the rest."""
-        *lines, self.unfinished = (self.unfinished + part).split(b"\n")
+        *lines, rest = (self.unfinished + part).split(b"\n")
         # Of a line without end no more than this is kept.
-        if self.unfinished and not part or len(self.unfinished) > MAX_PRINTED_BYTES:
-            lines.append(self.unfinished)
-            self.unfinished = b""
+        self.unfinished = rest[:MAX_PRINTED_BYTES]
+        if rest and not part:
+            lines.append(rest)
         for line in lines:
             self.take(line[:MAX_PRINTED_BYTES])
 
@@ -949,7 +952,7 @@ class Run:
             raise Stopped
         self.name = name
         self.said = {}  # {kind of line: the last one}, see OUTPUT_KINDS
-        self.status = None  # as subprocess's returncode; None while it runs
+        self.status = None  # as subprocess's returncode; None where it could not be ended
         # A session of its own is a group of its own, too: signals reach all that it starts.
         self.process = Popen(
             command, env=environ, stdin=DEVNULL, stdout=PIPE,
@@ -999,15 +1002,9 @@ class Run:
                 return
 
     def has_ended(self):
-        """Sets its status where it has."""
         # WNOWAIT leaves the zombie, which keeps its number: see the class.
         flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
-        ended = os.waitid(os.P_PID, self.process.pid, flags)
-        if not ended:
-            return False
-        is_exit = ended.si_code == os.CLD_EXITED
-        self.status = ended.si_status if is_exit else -ended.si_status
-        return True
+        return os.waitid(os.P_PID, self.process.pid, flags) is not None
 
     def log_line(self, line):
         text = line[:MAX_LINE_BYTES].decode("utf-8", "replace").rstrip().replace("\t", " ")
@@ -1029,8 +1026,8 @@ class Run:
         signal_group(self.process.pid, SIGKILL)
         self.process.stdout.close()
         self.process.stderr.close()
-        if self.status is not None:
-            self.process.wait()
+        if self.has_ended():
+            self.status = self.process.wait()
         # EPERM says that all that is left may not be signalled: a hook may have become another
         # user, and this may be a service without CAP_KILL.
         try:
@@ -1566,8 +1563,7 @@ class Updater:
         if self.relay and self.relay.id in (asked.get("via") or ""):
             raise Refusal(409, "a circle of relays: this one is beneath itself")
         with can("record the update"):
-            now = time()
-            records = self.journal.commit(repo, Records.accept, repo, ref, now, asked)
+            records = self.journal.commit(repo, Records.accept, repo, ref, time(), asked)
         record = records.queued
         why = ", ".join(filter(None, (peer, record.by, record.note)))
         log(f"{repo}: update {record.update} was asked for by {why}")
@@ -1603,6 +1599,9 @@ class Updater:
         try:
             if queued:
                 self.update(repo)
+        except Stopped:
+            self.journal.commit(repo, Records.requeue)
+            log(f"{repo}: update {queued.update} stopped, to be taken up again")
         except Exception as error:
             # Whatever it is, who waits must hear of an end.
             message = f"the update can't go on: {error!r}"
@@ -1614,20 +1613,16 @@ class Updater:
             self.start_queued()
 
     def update(self, repo):
-        """Runs the queued update of a repository, and records how it ended."""
+        """Runs the queued update of a repository, and records how it ended; or Stopped."""
         live = read_live_commit(self.tree(repo))
         record = self.journal.commit(repo, Records.start, live, time()).running
         log(f"{repo}: update {record.update} starts, ref {record.ref or 'not given'}")
         # It may have vanished while this update was queued.
         self.check_hook(repo)
-        try:
-            changes = self.activate(record)
-            if changes["state"] == "live" and self.relay:
-                changes = self.update_beneath(record, changes)
-            self.end_update(repo, record.update, changes)
-        except Stopped:
-            self.journal.commit(repo, Records.requeue)
-            log(f"{repo}: update {record.update} stopped, to be taken up again")
+        changes = self.activate(record)
+        if changes["state"] == "live" and self.relay:
+            changes = self.update_beneath(record, changes)
+        self.end_update(repo, record.update, changes)
 
     def update_beneath(self, record, changes):
         """How it ended here and beneath, as changes to the record; or Stopped."""
@@ -1671,8 +1666,7 @@ class Updater:
         hook = f"{self.setting('HOOKS_DIR', repo)}/update-ended"
         if lexists(hook):
             changes["untold"] = hook
-        now = time()
-        records = self.journal.commit(repo, Records.finish, update, changes, now)
+        records = self.journal.commit(repo, Records.finish, update, changes, time())
         done = records.find(update)
         self.teller.submit(self.run_update_ended, done)
         message = done.message and f": {done.message}"
@@ -1756,11 +1750,7 @@ class Updater:
         self.forget_removed(repo)
         records = self.journal.recall(repo)
         record = records.find(update)
-        if repo in self.journal.unread:
-            message = "its record can't be read; the log says why"
-            record = Record(repo, 0, None, "failed", 0, message=message)
-            record = record._replace(finished=time())
-        elif not record or record != records.newest():
+        if not record or record != records.newest():
             return record
         # Somebody may have put another commit live by hand, or removed the tree.
         return found_live(record, read_live_commit(self.tree(repo)))
