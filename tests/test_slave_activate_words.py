@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 from activate_support import as_another_user, in_mounts
@@ -150,6 +151,20 @@ def test_clones_in_a_folder_of_another_user(activate):
     assert result.status == 1, result
     assert ".r.new'" in result.last and ": Permission denied; " in result.last
     assert "'%s' belongs to root" % activate.repos in result.last
+
+
+@pytest.mark.parametrize("missing", ["git", "python3"])
+def test_a_host_that_lacks_a_program(activate, tmp_path, missing):
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for folder in os.environ["PATH"].split(os.pathsep):
+        for path in Path(folder).glob("*"):
+            if path.name != missing and not (programs / path.name).exists():
+                (programs / path.name).symlink_to(path)
+    activate.path = str(programs)
+    result = activate("r", "v1")
+    assert (result.status, result.out) == (1, ""), result
+    assert result.err == "slave-activate: there is no %s in PATH (%s)\n" % (missing, programs)
 
 
 @pytest.mark.parametrize("shell", SHELLS)
