@@ -14,7 +14,13 @@ from activate_support import Activate  # noqa: E402
 from certificates import Authority  # noqa: E402
 from farm import Farm  # noqa: E402
 from install_support import Installer  # noqa: E402
-from product import PYTHON, SOURCES, copy_scripts, load  # noqa: E402
+from product import (  # noqa: E402
+    ISOLATED,
+    SOURCES,
+    copy_scripts,
+    load,
+    make_bare_python,
+)
 from slave_support import Slave, set_constants, stop_for_good  # noqa: E402
 from update_support import Update  # noqa: E402
 from upstream import HttpUpstream, Upstream  # noqa: E402
@@ -52,9 +58,7 @@ def pytest_configure(config):
 @pytest.fixture(scope="session")
 def python_on_path(tmp_path_factory):
     """A folder whose `python3` is the Python under test, for the scripts that call it by name."""
-    folder = tmp_path_factory.mktemp("python")
-    (folder / "python3").symlink_to(PYTHON)
-    return str(folder)
+    return make_bare_python(tmp_path_factory.mktemp("python"))
 
 
 @pytest.fixture(autouse=True)
@@ -123,7 +127,7 @@ def run_script(tmp_path):
         if "input" not in kwargs:
             kwargs["stdin"] = stdin
         command = (
-            [PYTHON, "-I"] if "python" in script.read_text(encoding="utf-8").split("\n")[0] else []
+            ISOLATED if "python" in script.read_text(encoding="utf-8").split("\n")[0] else []
         )
         command = (shell.split() if shell else command) + [str(script), *map(str, args)]
         return subprocess.run(
@@ -276,7 +280,7 @@ def make_immutable():
 
     def make(path):
         keeper = subprocess.Popen(
-            [PYTHON, "-I", "-c", KEEP_IMMUTABLE, str(path)],
+            [*ISOLATED, "-c", KEEP_IMMUTABLE, str(path)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -18,7 +18,10 @@ VERSION = re.search(
     '(?m)^VERSION = "(.+)"', (SOURCES / "slave.py").read_text(encoding="utf-8")
 ).group(1)
 PYTHON = os.path.realpath(sys.executable)  # the scripts run under the Python that runs the tests
-SERVER_UPDATE = [PYTHON, "-I", str(SOURCES / "server-update")]
+# For a script by itself: what is installed beside Python has no part in it, and may take longer at
+# each start than all of the script.
+ISOLATED = [PYTHON, "-I", "-S"]
+SERVER_UPDATE = [*ISOLATED, str(SOURCES / "server-update")]
 
 
 def daily(count, cases):
@@ -39,6 +42,15 @@ def load(name):
     sys.modules[loader.name] = module  # dataclasses look their module up
     loader.exec_module(module)
     return module
+
+
+def make_bare_python(folder):
+    """A venv without a package in it, as Python is on a bare server: the folder of its python3."""
+    settings = "home = %s\ninclude-system-site-packages = false\n" % os.path.dirname(PYTHON)
+    (folder / "pyvenv.cfg").write_text(settings)
+    (folder / "bin").mkdir()
+    (folder / "bin" / "python3").symlink_to(PYTHON)
+    return str(folder / "bin")
 
 
 def copy_scripts(root, folder, *names):

@@ -13,7 +13,7 @@ from pathlib import Path
 from signal import SIGTERM
 
 from processes import descendants, kill, kill_all_below, wait_until
-from product import PYTHON, SOURCES, copy_scripts
+from product import ISOLATED, SOURCES, copy_scripts
 
 START_TIMEOUT_S = 60
 SECRET = "a secret that nobody knows"
@@ -42,7 +42,7 @@ class Slave:
         self.bin = copy_scripts(
             sources, folder / "bin", "slave.py", "slave-activate", "server-update"
         )
-        self.command = [PYTHON, "-I", str(self.bin / "slave.py")]
+        self.command = [*ISOLATED, str(self.bin / "slave.py")]
         self.args, self.env = list(map(str, args)), dict(env or {})
         self.home, self.hooks = folder / "home", folder / "hooks"
         self.home.mkdir()

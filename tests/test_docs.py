@@ -18,7 +18,7 @@ import pytest
 from forge_support import make_key
 from pages import COMMANDS, PAGES, find_block, read
 from processes import wait_until
-from product import PYTHON, ROOT, SERVER_UPDATE, need
+from product import ROOT, SERVER_UPDATE, need
 from slave_support import SECRET, make_secret
 
 MAX_README_LINES = 170
@@ -162,7 +162,7 @@ def world(tmp_path, start_slave, upstream):
         os.environ,
         HOME=str(slave.home),
         OUTER_PATH=os.environ["PATH"],
-        PATH=os.pathsep.join([str(slave.bin), str(Path(PYTHON).parent), os.environ["PATH"]]),
+        PATH=os.pathsep.join([str(slave.bin), os.environ["PATH"]]),
         SERVER_UPDATE_CONF=str(slave.conf),
     )
 

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 from install_support import files
 from processes import wait_until
-from product import PYTHON, SHELLS
+from product import ISOLATED, SHELLS
 
 CONF = "etc/server-update/slave.conf"
 LIST = "etc/server-update/slavelist.txt"
@@ -121,7 +121,7 @@ def test_it_says_url_and_key_for_the_forge(relay):
     asked = "At the forge, a webhook for pushes, as JSON, to this URL, with this secret:\n"
     url, key = out.partition(asked)[2].splitlines()
     assert url == "  http://%s:0/hook?repo=hanuman" % os.uname().nodename
-    program = [PYTHON, "-I", str(relay.prefix / "bin/slave.py"), "--hook-key", "hanuman"]
+    program = [*ISOLATED, str(relay.prefix / "bin/slave.py"), "--hook-key", "hanuman"]
     told = subprocess.check_output([*relay.before, *program]).decode()
     assert re.fullmatch(r"[0-9a-f]{64}\n", told) and key.strip() == told.strip()
     out = relay()

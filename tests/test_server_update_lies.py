@@ -9,7 +9,7 @@ import subprocess
 import pytest
 from farm import COMMIT, OTHER, at_once, error, http, raw, record, updates
 from faults.mutations import break_python
-from product import PYTHON, ROOT
+from product import ISOLATED, ROOT
 
 
 def answers(**body):
@@ -164,7 +164,7 @@ def check(farm, tmp_path):
         repo = [] if "--no-repo" in options else ["hanuman"]
         options = [option for option in options if option != "--no-repo"]
         done = subprocess.run(
-            [PYTHON, "-I", str(script), "--list", str(slavelist), "--retries=0", *options, *repo],
+            [*ISOLATED, str(script), "--list", str(slavelist), "--retries=0", *options, *repo],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             universal_newlines=True,

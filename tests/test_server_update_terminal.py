@@ -27,7 +27,7 @@ from farm import (
     updates_when,
 )
 from processes import cpu_s, wait_until
-from product import PYTHON, SERVER_UPDATE, daily
+from product import ISOLATED, PYTHON, SERVER_UPDATE, daily
 from terminal import Run
 from update_support import run_in_process
 
@@ -674,7 +674,7 @@ def test_a_mistake_of_ours_ends_it_all_the_same(farm, tmp_path):
     broken = "\ndef judge_poll(*_):\n    raise LookupError('lost')\n\n"
     script.write_text(text.replace(guard, broken + guard), encoding="utf-8")
     done = subprocess.run(
-        [PYTHON, "-I", str(script), "--list", str(slavelist), "hanuman"],
+        [*ISOLATED, str(script), "--list", str(slavelist), "hanuman"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         timeout=60,

@@ -14,7 +14,7 @@ from signal import SIGINT, SIGTERM
 
 import pytest
 from processes import processes_below, rss_kib, wait_until
-from product import PYTHON, VERSION
+from product import ISOLATED, VERSION
 from slave_support import (
     THREADS,
     ONE,
@@ -572,7 +572,7 @@ def test_it_starts_and_answers_without_looking_up_names(start_slave, upstream, t
         "sys.argv = sys.argv[1:]\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
-    slave.command = [PYTHON, str(trap)] + slave.command[2:]
+    slave.command = [*ISOLATED, str(trap), slave.command[-1]]
     slave.start()
     assert slave.get("/healthz")[2] == b"ok\n"
     assert slave.get("/?repo=hanuman")[0] == 202

@@ -10,7 +10,7 @@ import time
 
 import pytest
 from processes import is_alive, wait_until
-from product import PYTHON, SOURCES
+from product import ISOLATED, SERVER_UPDATE
 from slave_support import (
     ONE,
     SOON_ENDED,
@@ -219,7 +219,7 @@ def test_nfs_locks_only_what_is_open_for_writing(start_slave, tmp_path):
     stand_in(slave)
     slave.stop()
     (tmp_path / "nfs.py").write_text(NFS)
-    slave.command = [PYTHON, "-I", str(tmp_path / "nfs.py"), slave.command[-1]]
+    slave.command = [*ISOLATED, str(tmp_path / "nfs.py"), slave.command[-1]]
     slave.start()
     assert slave.wait_update()["state"] == "live"
     for folder in (slave.state, None):
@@ -262,7 +262,7 @@ def test_only_so_many_repositories_without_a_tree_are_remembered(start_slave, tm
     wait_until(lambda: len(os.listdir(str(slave.state))) <= 2 * (FULL + 2), what="their files")
     entry = "127.0.0.1:%d" % slave.port
     (tmp_path / "list").write_text(entry + "\n")
-    done = subprocess.run([PYTHON, "-I", str(SOURCES / "server-update"), "--list",
+    done = subprocess.run([*SERVER_UPDATE, "--list",
                            str(tmp_path / "list"), "--status"], stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, universal_newlines=True)
     assert "unreachable" not in done.stdout

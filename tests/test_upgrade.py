@@ -7,7 +7,7 @@ import subprocess
 import pytest
 import version_1
 from processes import wait_until
-from product import PYTHON, SOURCES, copy_scripts
+from product import ISOLATED, SOURCES, copy_scripts
 from slave_support import SECRET, Slave, make_secret, signature, stop_for_good
 
 HELD = """#!/bin/sh
@@ -44,7 +44,7 @@ class Upgrade:
         """A whole update by the server-update of one of the versions; what it printed."""
         slaves = self.folder / "slavelist.txt"
         slaves.write_text("127.0.0.1:%d\n" % self.slave.port)
-        command = [PYTHON, "-I", str(sources / "server-update"), "--list", str(slaves)]
+        command = [*ISOLATED, str(sources / "server-update"), "--list", str(slaves)]
         command += ["--secret-file", str(self.secret), *options, "hanuman"]
         done = subprocess.run(
             command,

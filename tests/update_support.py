@@ -7,7 +7,7 @@ import signal
 import subprocess
 from collections import namedtuple
 
-from product import PYTHON, SOURCES, copy_scripts
+from product import ISOLATED, SOURCES, copy_scripts
 
 TIMEOUT_S = 60
 
@@ -25,7 +25,7 @@ class Update:
         script = copy_scripts(SOURCES, folder / "alone" / "server-update", "server-update")
         slavelist = folder / "slavelist.txt"
         slavelist.write_text("".join(entry + "\n" for entry in self.entries))
-        command = [PYTHON, "-I", str(script / "server-update"), "--list", str(slavelist)]
+        command = [*ISOLATED, str(script / "server-update"), "--list", str(slavelist)]
         self.process = subprocess.Popen(
             [*command, *options, *([repo] if repo else [])],
             env=dict(os.environ, **(env or {})),

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from processes import kill_all_below
-from product import PYTHON, SOURCES, copy_scripts
+from product import ISOLATED, SOURCES, copy_scripts
 from proxy import Proxy, ProxyLoop
 from slave_support import Slave, stop_for_good
 from upstream import HttpUpstream, Upstream
@@ -88,7 +88,7 @@ class FleetSlave(Slave):
         self.tmp, self.clock = folder / "tmp", folder / "clock"
         self.tmp.mkdir()
         self.env["TMPDIR"] = str(self.tmp)
-        self.command[2:2] = [str(HERE / "clock.py"), str(self.clock)]
+        self.command[-1:-1] = [str(HERE / "clock.py"), str(self.clock)]
         if minds_rights:
             self.command[:0] = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"]
         if max_files:
@@ -148,7 +148,7 @@ class Master:
         self.results = []  # (result, journal lines from the start until it was told)
         self.summary = self.torn = None
         self.process = subprocess.Popen(
-            [PYTHON, "-I", str(fleet.bin / "server-update"), "--list", str(fleet.slavelist),
+            [*ISOLATED, str(fleet.bin / "server-update"), "--list", str(fleet.slavelist),
              *options, REPO], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, universal_newlines=True, start_new_session=True)
         self.reader = threading.Thread(target=self._read, daemon=True)

@@ -17,7 +17,7 @@ import time
 from checker import git
 from farm import refusing_entry
 from processes import kill, kill_all_below, processes_below, wait_until
-from product import PYTHON, copy_scripts, shorten_pauses
+from product import ISOLATED, copy_scripts, shorten_pauses
 from slave_support import SECRET, Slave, signature, stop_for_good
 from upstream import HttpUpstream, Upstream
 
@@ -86,7 +86,7 @@ class Place:
     def update(self, entries, *options):
         """server-update on these entries: (exit status, output)."""
         done = subprocess.run(
-            [PYTHON, "-I", str(self.bin / "server-update"), "--list", "-", "--retries", "0",
+            [*ISOLATED, str(self.bin / "server-update"), "--list", "-", "--retries", "0",
              *options, "site"], input="\n".join(entries) + "\n", stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, universal_newlines=True, timeout=60)
         return done.returncode, done.stdout
@@ -304,7 +304,7 @@ def ids_grow_although_the_clock_went_back(place):
     slave.stop()
     clock = place.folder / "clock"
     clock.write_text(str(LONG_AGO_S))
-    slave.command[2:2] = [os.path.join(os.path.dirname(__file__), "clock.py"), str(clock)]
+    slave.command[-1:-1] = [os.path.join(os.path.dirname(__file__), "clock.py"), str(clock)]
     second = slave.start().signal("site")
     assert second > first
     assert slave.wait_update("site", second)["update"] == second
@@ -351,7 +351,7 @@ def a_slaves_key_is_worth_nothing_at_another(place):
     slaves = [place.slave(), place.slave()]
     keys = []
     for slave in slaves:
-        told = subprocess.run([PYTHON, "-I", str(place.bin / "server-update"), *options,
+        told = subprocess.run([*ISOLATED, str(place.bin / "server-update"), *options,
                                "--slave-key", slave.url], stdout=subprocess.PIPE, check=True)
         keys.append(told.stdout)
     give_keys(slaves, keys)

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from checker import Violation  # noqa: E402
 from fleet import Fleet  # noqa: E402
-from product import PYTHON  # noqa: E402
+from product import make_bare_python  # noqa: E402
 from relays import RelayFleet, check_all_good, run_relay_round  # noqa: E402
 from rounds import run_round  # noqa: E402
 
@@ -34,10 +34,9 @@ def prepare(folder):
     """The environment that the tests have: nothing of the caller's, a home, this Python."""
     conftest.pytest_configure(None)
     (folder / "python").mkdir()
-    (folder / "python" / "python3").symlink_to(PYTHON)
+    python = make_bare_python(folder / "python")
     (folder / "home").mkdir()
-    os.environ.update(HOME=str(folder / "home"),
-                      PATH=str(folder / "python") + os.pathsep + os.environ["PATH"])
+    os.environ.update(HOME=str(folder / "home"), PATH=python + os.pathsep + os.environ["PATH"])
 
 
 class Kind:
