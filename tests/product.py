@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import sys
+from functools import lru_cache
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
@@ -34,9 +35,22 @@ def daily(count, cases):
 SHELLS = daily(1, ["dash", "busybox ash", "bash"])
 
 
+@lru_cache(maxsize=None)
+def compile_script(path):
+    """The code of a script: compiling it takes longer than most tests of what is in it."""
+    return compile(Path(path).read_bytes(), path, "exec")
+
+
+class ScriptLoader(SourceFileLoader):
+    """Runs a script as a module, as often as it is asked to; compiles it once."""
+
+    def get_code(self, fullname):
+        return compile_script(self.path)
+
+
 def load(name):
     """The script `name` of the checkout as a module, fresh each time, whatever its extension."""
-    loader = SourceFileLoader(re.sub(r"\W", "_", name.replace(".py", "")), str(SOURCES / name))
+    loader = ScriptLoader(re.sub(r"\W", "_", name.replace(".py", "")), str(SOURCES / name))
     spec = importlib.util.spec_from_loader(loader.name, loader)
     module = importlib.util.module_from_spec(spec)
     sys.modules[loader.name] = module  # dataclasses look their module up

@@ -36,12 +36,17 @@ echo "$1 $commit -"
 
 
 class Slave:
-    """The real slave.py beside the real slave-activate, with a process and a home of its own."""
+    """The real slave.py beside the real slave-activate, with a process and a home of its own.
+
+    And a folder of settings and keys, so that those of this machine are none of its.
+    """
 
     def __init__(self, folder, settings, args=(), env=None, sources=SOURCES):
         self.bin = copy_scripts(
             sources, folder / "bin", "slave.py", "slave-activate", "server-update"
         )
+        self.etc = folder / "etc" / "server-update"
+        self.etc.mkdir(parents=True)
         self.command = [*ISOLATED, str(self.bin / "slave.py")]
         self.args, self.env = list(map(str, args)), dict(env or {})
         self.home, self.hooks = folder / "home", folder / "hooks"
@@ -155,6 +160,16 @@ def set_constants(script, constants):
         text, count = re.subn("(?m)^%s = [^ #]+" % name, "%s = %r" % (name, value), text)
         assert count == 1, name
     script.write_text(text, encoding="utf-8")
+
+
+def forget_bin(slave):
+    """Have it look for programs in an empty folder and not in /bin, where one may be installed."""
+    empty = slave.home / "bin"
+    empty.mkdir()
+    script = slave.bin / "slave.py"
+    text = script.read_text(encoding="utf-8")
+    assert text.count('{beside}:/bin"') == 1
+    script.write_text(text.replace('{beside}:/bin"', '{beside}:%s"' % empty), encoding="utf-8")
 
 
 def stop_for_good(*slaves):

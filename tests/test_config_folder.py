@@ -5,7 +5,7 @@ import shutil
 import subprocess
 
 import pytest
-from product import SHELLS, SOURCES, VERSION, copy_scripts
+from product import SHELLS, SOURCES, VERSION, copy_scripts, load
 from slave_support import SECRET, make_secret, runs, signature, stand_in, start_by_hand
 
 NOBODY = 65534
@@ -23,7 +23,7 @@ SPOILT = [
 
 def make_etc(prefix):
     etc = prefix / "etc" / "server-update"
-    etc.mkdir(parents=True)
+    etc.mkdir(parents=True, exist_ok=True)
     return etc
 
 
@@ -33,7 +33,6 @@ def slave(start_slave):
     one = start_slave()
     one.stop()
     one.env.update(SERVER_UPDATE_CONF="", SERVER_UPDATE_REPOS_DIR=str(one.repos))
-    one.etc = make_etc(one.bin.parent)
     (one.etc / "slave.conf").write_text(
         "PORT=0\nBIND=127.0.0.1\nBASE_URL=%s\n" % one.settings["BASE_URL"])
     return one
@@ -74,8 +73,14 @@ def test_a_link_to_a_script_has_the_folder_of_the_script(slave, tmp_path):
     assert "settings and keys in %s\n" % slave.etc in slave.log()
 
 
-def test_without_such_a_folder_it_is_that_of_the_machine(start_slave):
-    assert "settings and keys in /etc/server-update\n" in start_slave().log()
+def test_without_such_a_folder_it_is_that_of_the_machine(start_slave, tmp_path):
+    assert load("slave.py").CONFIG_FOLDER == "/etc/server-update"
+    machine = tmp_path / "machine"
+    slave = start_slave(constants={"CONFIG_FOLDER": str(machine)})
+    slave.stop()
+    shutil.rmtree(str(slave.etc))
+    slave.start()
+    assert "settings and keys in %s\n" % machine in slave.log()
 
 
 @pytest.mark.parametrize("spoil", SPOILT)

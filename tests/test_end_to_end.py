@@ -322,6 +322,7 @@ def start_demo(tmp_path, errors):
         env=dict(os.environ, TMPDIR=str(tmp_path)))
 
 
+@pytest.mark.slow
 def test_the_demo_shows_both_commits_and_leaves_nothing(tmp_path):
     process = start_demo(tmp_path, subprocess.PIPE)
     output, errors = process.communicate(timeout=60)

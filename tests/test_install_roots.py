@@ -166,21 +166,21 @@ def test_another_user_runs_it_where_there_is_no_service_manager(machine, tools):
     assert "removed %s\n" % start in install("uninstall")
 
 
-@pytest.mark.parametrize(
-    "base_url, missing",
-    [
-        ("https://git.example.org/team", "install ca-certificates."),
-        ("git@git.example.org:team", "install openssh-client."),
-        ("ssh://git.example.org/team", "install openssh-client."),
-        ("/srv/up", None),
-        ("http://git.example.org/team", None),
-    ],
-)
-def test_what_git_lacks_for_an_address_is_named(machine, base_url, missing):
+LACKING = {
+    "https://git.example.org/team": ["install ca-certificates."],
+    "git@git.example.org:team": ["install openssh-client."],
+    "ssh://git.example.org/team": ["install openssh-client."],
+    "/srv/up": [],
+    "http://git.example.org/team": [],
+}
+
+
+def test_what_git_lacks_for_an_address_is_named(machine):
     bare = machine("trixie")
-    out = bare.check("./install.sh", "slave", "--base-url", base_url, cwd=CHECKOUT)
-    told = re.findall("(?m)^There (?:is|are) no .* (install .*)$", out)
-    assert told == ([missing] if missing else [])
+    for base_url, missing in LACKING.items():
+        out = bare.check("./install.sh", "slave", "--base-url", base_url, cwd=CHECKOUT)
+        assert re.findall("(?m)^There (?:is|are) no .* (install .*)$", out) == missing, base_url
+        bare.path("/etc/server-update/slave.conf").unlink()
 
 
 def test_a_user_who_is_gone_keeps_nobody_from_uninstalling(machine):
@@ -269,8 +269,7 @@ class Site:
 
 @pytest.mark.parametrize(
     "suite, tools, is_booted",
-    [(suite, "", False) for suite in roots.SUITES]
-    + [("trixie", "busybox", False), ("trixie", "", True)],
+    [("bullseye", "", False), ("trixie", "busybox", False), ("trixie", "", True)],
 )
 def test_the_readme_is_followed_to_the_letter(machine, tmp_path, suite, tools, is_booted):
     site = Site(machine, tmp_path, suite, tools, is_booted)

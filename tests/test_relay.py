@@ -15,6 +15,7 @@ from processes import is_alive, kill, processes_below, rss_kib, wait_until
 from slave_support import (
     ONE,
     SECRET,
+    forget_bin,
     kill_hard,
     make_secret,
     record_file,
@@ -354,7 +355,7 @@ def test_kill_9_in_the_middle_and_it_goes_on(under_way):
 
 def test_sigterm_in_the_middle_and_it_goes_on(under_way):
     repo, _, relay, go, update, run = under_way
-    assert relay.stop(timeout=30) == 0
+    assert relay.stop() == 0
     assert not is_alive(run)
     assert (record_file(relay)["state"], record_file(relay)["tries"]) == ("queued", 0)
     relay.start()
@@ -597,8 +598,9 @@ def test_what_is_wrong_is_told_at_the_start(start_relay, tmp_path):
         got, stderr = start_by_hand(relay, "--port", 0, "--repos-dir", free, *args)
         assert got == 2 and text in stderr, stderr
         assert stderr.count("\n") == 1
-    env = {"SERVER_UPDATE_SLAVELIST": str(relay.slavelist), "PATH": "/nowhere"}
+    env = {"SERVER_UPDATE_SLAVELIST": str(relay.slavelist), "PATH": str(free)}
     (relay.bin / "server-update").unlink()
+    forget_bin(relay)
     got, stderr = start_by_hand(relay, "--port", 0, "--repos-dir", free, **env)
     assert (got, stderr) == (
         1,

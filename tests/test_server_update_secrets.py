@@ -59,20 +59,21 @@ def test_nothing_tells_a_key_or_a_password(start_signed, http_upstream, update, 
         "hook failed": start_signed("hook", BASE_URL=url),
         "failed": start_signed("failed", BASE_URL="http://%s:%s@127.0.0.1:1" % (USER, PASSWORD)),
         "refused": start_signed("refused", key="f" * 64),
-        "timeout": start_signed("timeout"),
     }
+    late = start_signed("timeout")
     not_let_in = start_signed("let-in", BASE_URL=url.replace(PASSWORD, PASSWORD + "x"))
     not_found = start_signed("not-found", BASE_URL=url + "/nowhere")
     hook(slaves["hook failed"], "post-update", "env >&2\necho broken >&2\nexit 3\n")
-    stand_in(slaves["timeout"], "sleep 300")
+    stand_in(late, "sleep 300")
     gone, keep = refusing_entry()
     entries = {outcome: "127.0.0.1:%d" % slave.port for outcome, slave in slaves.items()}
     entries["unreachable"] = gone
     master_key = make_secret(tmp_path / "master-key", MASTER_KEY)
     secret = make_secret(tmp_path / "shared-secret", SECRET)
     options = ["--master-key-file", str(master_key), "--secret-file", str(secret)]
-    options += ["--retries=0", "--timeout=20", "--write-failed", str(tmp_path / "failed")]
+    options += ["--retries=0", "--write-failed", str(tmp_path / "failed")]
     done = update(entries.values(), *options, "--json")
+    in_vain = update([late], *options, "--timeout=5", "--json")
     plain = update(entries.values(), *options, "--status", "-v")
     failed = update([not_let_in.url, not_found.url], *options, "--json")
     # one whose secret is another, and who is told so
@@ -82,13 +83,14 @@ def test_nothing_tells_a_key_or_a_password(start_signed, http_upstream, update, 
     assert {entry: outcome for outcome, entry in entries.items()} == done.outcomes, done.stdout
     assert set(failed.outcomes.values()) == {"failed"}
     assert "Authentication failed for 'http://127.0.0.1:" in failed.stdout
+    assert in_vain.outcomes == {late.url: "timeout"}
     assert (plain.returncode, wrong.returncode) == (1, 1)
 
-    slaves.update(let_in=not_let_in, not_found=not_found)
+    slaves.update(late=late, let_in=not_let_in, not_found=not_found)
     keys = [MASTER_KEY, SECRET, *(key_of(slave.url) for slave in slaves.values())]
     told = {"processes": processes.stop()}
     assert "remote-http\0" in told["processes"]
-    for run in (done, plain, failed, wrong):
+    for run in (done, in_vain, plain, failed, wrong):
         told["said %d" % len(told)] = run.stdout + run.stderr
     told["list"] = (tmp_path / "failed").read_text()
     for name, slave in slaves.items():

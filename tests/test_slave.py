@@ -19,6 +19,7 @@ from slave_support import (
     THREADS,
     ONE,
     SOON_ENDED,
+    forget_bin,
     kill_hard,
     record_file,
     runs,
@@ -27,12 +28,12 @@ from slave_support import (
     wait_runs,
 )
 
-ROUNDS = int(os.environ.get("ROUNDS", 10))  # of kill -9, with a quick slave-activate of ours
-REAL_ROUNDS = int(os.environ.get("REAL_ROUNDS", 3))  # with the real one
+ROUNDS = int(os.environ.get("ROUNDS", 6))  # of kill -9, with a quick slave-activate of ours
+REAL_ROUNDS = int(os.environ.get("REAL_ROUNDS", 2))  # with the real one
 BURST = 1000  # signals
 UPDATES = 100  # for zombies, memory and open files
 TOO_LONG = "x" * 256  # for the name of a file
-EXCHANGES = int(os.environ.get("EXCHANGES", 12))  # of the repository that has the served file
+EXCHANGES = int(os.environ.get("EXCHANGES", 6))  # of the repository that has the served file
 # -- never lost
 
 
@@ -460,7 +461,7 @@ def test_sigterm_stops_cleanly_and_the_next_start_resumes(start_slave, upstream)
     wait_until(lambda: (slave.home / "in-hook").exists())
     poll = ThreadPoolExecutor(1).submit(slave.json, "/status?repo=hanuman&wait=30")
     time.sleep(0.2)
-    assert slave.stop(timeout=30) == 0, "it does not wait for the hook's end"
+    assert slave.stop(timeout=50) == 0, "it does not wait for the hook's end"
     assert poll.result()["state"] in ("running", "queued"), "who waits hears something"
     assert processes_below(slave.home.parent) == []
     left = set(os.listdir(str(slave.state)))
@@ -480,7 +481,7 @@ def test_signals_in_the_midst_of_signals_stop_it_as_well(start_slave):
     for _ in range(5):
         for number in [SIGINT, SIGTERM] * 20:
             slave.process.send_signal(number)
-        assert slave.stop(timeout=40) == 0
+        assert slave.stop() == 0
         slave.start()
 
 
@@ -552,12 +553,12 @@ def test_what_keeps_it_from_starting(start_slave, upstream, tmp_path):
     status, stderr = start_by_hand(slave, "--frobnicate")
     assert status == 2 and "--frobnicate" in stderr
     (slave.bin / "slave-activate").unlink()
+    forget_bin(slave)
     status, stderr = start_by_hand(slave, "--port", 0, "--repos-dir", free)
-    if not os.path.exists("/bin/slave-activate"):
-        assert (status, stderr) == (
-            1,
-            "slave.py: no slave-activate on PATH, beside slave.py or in /bin\n",
-        )
+    assert (status, stderr) == (
+        1,
+        "slave.py: no slave-activate on PATH, beside slave.py or in /bin\n",
+    )
 
 
 def test_it_starts_and_answers_without_looking_up_names(start_slave, upstream, tmp_path):
@@ -585,7 +586,7 @@ def test_both_address_families(start_slave, upstream):
     assert slave.get("/healthz")[0] == 200
     if not os.path.exists("/proc/net/if_inet6"):
         pytest.skip("no IPv6 on this machine")
-    with socket.create_connection(("::1", slave.port), 5) as connection:
+    with socket.create_connection(("::1", slave.port), 60) as connection:
         connection.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
         assert connection.recv(999).startswith(b"HTTP/1.1 200 OK\r\n")
     assert slave.get("/?repo=../x")[0] == 400
@@ -675,7 +676,7 @@ def test_served_file_is_never_missing_during_updates(start_slave, upstream):
     for reader in readers:
         reader.start()
     for number in range(EXCHANGES):
-        if number % 10 == 0:
+        if number % 5 == 0:
             repo.commit({"index.html": "<title>%d</title>" % number * 50})
         assert slave.wait_update("site")["state"] == "live"
     stop.set()

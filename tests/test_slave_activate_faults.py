@@ -90,7 +90,7 @@ def test_a_killed_shell_leaves_no_git_that_writes_later(activate, upstream, http
 
 def check_term(activate, process, old, new, before):
     """What a run that was sent TERM or INT must have done; whether it was interrupted."""
-    result = finish(process, timeout=30)
+    result = finish(process, timeout=60)
     status, out, err = result.status, result.out, result.err
     assert status in (0, 1, -signal.SIGTERM, -signal.SIGINT), (status, err)
     if status == 0:
@@ -189,11 +189,11 @@ def test_term_while_it_waits_for_the_lock(activate, upstream):
         wait_until(lambda pid=second.pid: "flock" in commands(descendants(pid)))
         below = descendants(second.pid)
         second.terminate()
-        result = finish(second, timeout=30)
+        result = finish(second, timeout=60)
         assert (result.status, result.last) == (1, "slave-activate: interrupted"), result
         wait_until(lambda pids=below: not [pid for pid in pids if is_alive(pid)])
     os.killpg(first.pid, signal.SIGTERM)
-    assert finish(first, timeout=30).status == 1
+    assert finish(first, timeout=60).status == 1
 
 
 def commands(pids):
@@ -259,7 +259,7 @@ def test_term_in_the_hooks(activate, upstream):
     process = activate.start("r")
     wait_until(marker.exists)
     process.terminate()
-    out, err = process.communicate(timeout=40)
+    out, err = process.communicate(timeout=60)
     assert (process.returncode, out.decode()) == (3, "r %s %s\n" % (second, first))
     assert err == b"slave-activate: live, but post-update hook failed (143)\n"
     assert (activate.head(), activate.leftovers()) == (second, [])

@@ -3,8 +3,6 @@
 import os
 import random
 import re
-import resource
-import statistics
 import subprocess
 import sys
 
@@ -14,7 +12,6 @@ from activate_support import assert_fresh, git
 # An update takes some 0.1 s; ACTIVATE_UPDATES=1000 runs the whole promise (docs/promises.md).
 UPDATES = int(os.environ.get("ACTIVATE_UPDATES") or 40)
 MAX_PACKS = 25
-SLOWEST_TO_MEDIAN = 5
 SMALL_UPDATE_BYTES = 100 * 1024
 
 READER = """
@@ -25,6 +22,7 @@ def read(name, folder):
         return file.read()
 
 live, stop = sys.argv[1:]
+os.nice(10)  # looks whenever there is nothing else to do, and keeps nobody from it
 seen = dict(rounds=0, missing=0, mixed=0, not_folder=0, gone=0)
 while not os.path.exists(stop):
     seen["rounds"] += 1
@@ -50,12 +48,6 @@ print(json.dumps(seen))
 """
 
 
-def cpu_s_of_children():
-    """The processor's time of all processes that have been started and have ended."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
 def both(text):
     return {"a": str(text), "deep/er/b": str(text)}
 
@@ -65,30 +57,27 @@ def test_over_many_updates_a_reader_sees_whole_trees_and_packs_stay_few(
 ):
     """The path is always there and a plain folder; two files of one tree always agree.
 
-    All the while there are few packs, and no update takes much more work than the others.
+    All the while there are few packs.
     """
     repo = upstream.create("r", both("start"))
+    commits = repo.commit_ahead([both(number) for number in range(UPDATES)])
     activate.good("r")
     stop = tmp_path / "stop"
     reader = subprocess.Popen(
         [sys.executable, "-c", READER, str(activate.live()), str(stop)], stdout=subprocess.PIPE
     )
-    times, packs = [], []
-    for number in range(UPDATES):
-        repo.commit(both(number))
-        before = cpu_s_of_children()
-        activate.good("r")
-        times.append(cpu_s_of_children() - before)
+    packs = []
+    for commit in commits:
+        repo.show(commit)
+        assert activate.good("r")[0] == commit
         packs.append(len(activate.packs()))
     stop.write_text("")
-    seen = eval(reader.communicate(timeout=30)[0])  # a dict of numbers
+    seen = eval(reader.communicate(timeout=60)[0])  # a dict of numbers
     assert reader.returncode == 0
     assert seen["rounds"] > UPDATES, seen
     assert (seen["missing"], seen["mixed"], seen["not_folder"]) == (0, 0, 0), seen
     assert max(packs) <= MAX_PACKS
     assert max(packs) > 10, "a roll-up at every update would be a price as well"
-    slowest = sorted(times)[-1 - len(times) // 50]
-    assert slowest < SLOWEST_TO_MEDIAN * statistics.median(times), sorted(times)[-10:]
     git(activate.live(), "fsck", "--full", "--strict")
     assert_fresh(activate, upstream.base_path + "/r.git", tmp_path / "clone", "--no-local")
 

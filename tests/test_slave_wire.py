@@ -148,6 +148,7 @@ def without_rights(start_slave, tmp_path):
     text = script.read_text(encoding="utf-8")
     script.write_text(text.replace('"/etc/server-update', '"%s' % etc), encoding="utf-8")
     shutil.rmtree(str(slave.repos))
+    shutil.rmtree(str(slave.etc))
     os.chown(str(etc), NOBODY, NOBODY)
     slave.command = ["setpriv", "--bounding-set=-dac_override,-dac_read_search",
                      "--inh-caps=-all", *slave.command]

@@ -57,6 +57,28 @@ class Repo:
         ref = "refs/heads/" + branch if branch else self.git("symbolic-ref", "HEAD")
         if parent is None:
             parent = self.git("rev-parse", "-q", "--verify", ref, check=False)
+        lines = self._commit_lines(ref, files, message, parent) + [b"get-mark :1", b""]
+        return self.git("fast-import", "--quiet", "--force", text=b"\n".join(lines))
+
+    def commit_ahead(self, changes):
+        """A commit for each of `changes`, {path: contents}, on a branch that is shown to nobody.
+
+        All at once, as it is the processes that take time; their hashes, for show().
+        """
+        ref = "refs/ahead/main"
+        lines, parent = [], self.head()
+        for files in changes:
+            lines += self._commit_lines(ref, files, "change", parent) + [b"get-mark :1"]
+            parent = ":1"
+        text = b"\n".join([*lines, b""])
+        return self.git("fast-import", "--quiet", "--force", text=text).split("\n")
+
+    def show(self, commit):
+        """Put the default branch at a commit, as a push of it would."""
+        (self.path / "refs" / "heads" / "main").write_text(commit + "\n")
+
+    def _commit_lines(self, ref, files, message, parent):
+        """The lines of fast-import for a commit, which it then knows as :1."""
         self.commits_made += 1
         when = b"%d +0000" % (FIRST_COMMIT_S + self.commits_made)
         lines = [
@@ -69,8 +91,7 @@ class Repo:
         ]
         for path, contents in (files or {}).items():
             lines += _file_change(path, contents)
-        lines += [b"", b"get-mark :1", b""]
-        return self.git("fast-import", "--quiet", "--force", text=b"\n".join(lines))
+        return [*lines, b""]
 
 
 def _data(contents):

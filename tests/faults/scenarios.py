@@ -203,7 +203,7 @@ def the_next_run_sweeps_what_a_killed_one_left(place):
     commit = place.repo.head()
     place.hook("pre-update", "kill -9 0\n")
     process = place.start_activate()
-    process.communicate(timeout=30)
+    process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
     assert (place.home / "repos" / ".server-update" / "site.new").is_dir()
     (place.hooks / "pre-update").unlink()
@@ -246,7 +246,7 @@ def two_at_once_take_turns(place):
     text = "mkdir '{busy}' || echo >'{overlap}'\nsleep 0.3\nrmdir '{busy}'\n"
     place.hook("pre-update", text.format(busy=busy, overlap=overlap))
     running = [place.start_activate() for _ in range(3)]
-    outputs = [process.communicate(timeout=30)[0] for process in running]
+    outputs = [process.communicate(timeout=60)[0] for process in running]
     assert [process.returncode for process in running] == [0, 0, 0], outputs
     assert not overlap.exists()
 
