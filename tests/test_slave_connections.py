@@ -254,7 +254,8 @@ def test_few_files_make_it_slow_but_not_busy(start_slave):
     slave.start()
     stand_in(slave)
     silent = [connect(slave.port) for _ in range(120)]
-    assert slave.wait_update()["state"] == "live", "files are kept for updates"
+    record = slave.wait_update()
+    assert record["state"] == "live", "files are kept for updates: %s" % record
     before = cpu_s(slave)
     time.sleep(2)
     assert cpu_s(slave) - before < BUSY_CPU_S
