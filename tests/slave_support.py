@@ -16,6 +16,7 @@ from processes import descendants, kill, kill_all_below, wait_until
 from product import ISOLATED, SOURCES, copy_scripts
 
 START_TIMEOUT_S = 60
+THREADS = 3  # of a slave that has nothing to do: who accepts, who writes, who tells somebody
 SECRET = "a secret that nobody knows"
 # For start_slave(constants=...): how soon a run that takes too long gets TERM, then KILL.
 SOON_ENDED = {"BACKSTOP_S": 1, "KILL_AFTER_S": 1}

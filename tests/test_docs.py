@@ -12,7 +12,6 @@ import re
 import stat
 import subprocess
 import threading
-from pathlib import Path
 
 import pytest
 from forge_support import make_key

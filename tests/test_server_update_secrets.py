@@ -9,7 +9,7 @@ import threading
 import pytest
 from farm import refusing_entry
 from processes import ProcessList, wait_until
-from product import PYTHON, SOURCES, copy_scripts
+from product import ISOLATED, SOURCES, copy_scripts
 from slave_support import make_secret, record_file, signature, stand_in
 from test_server_update_keys import MASTER_KEY, SECRET, key_of
 
@@ -150,7 +150,7 @@ def test_keys_of_their_own_come_without_a_gap(start_slave, http_upstream, tmp_pa
     script = copy_scripts(SOURCES, tmp_path / "prefix" / "bin", "server-update") / "server-update"
     (etc / "slavelist.txt").write_text("".join(slave.url + "\n" for slave in slaves))
     make_secret(etc / "secret", SECRET)
-    rollouts = Rollouts([PYTHON, "-I", str(script), "--json", "hanuman"], repo)
+    rollouts = Rollouts([*ISOLATED, str(script), "--json", "hanuman"], repo)
 
     rollouts.wait_for_more()
     # 1. each slave has its own key as a second line
