@@ -548,7 +548,7 @@ def test_a_push_that_does_not_come_is_told(hooked, upstream, http_upstream):
         assert record["update"] == update
         return record
     record = end_of(push(slave)[1]["update"])
-    assert (record["state"], record["commit"]) == ("live", repo.head()), record
+    assert (record["state"], record["commit"]) == ("live", repo.head()), str(record)
     assert record["message"] == (
         AFTER[:7] + " is not there yet: no branch or tag of upstream has it; signal again")
     assert end_of(push(slave, after=repo.head())[1]["update"])["message"] == ""

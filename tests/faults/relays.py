@@ -155,18 +155,35 @@ def check_beneath(fleet, record):
         if set(record["beneath"]) != {"not started"}:
             yield "failed, and beneath it is %s" % record["beneath"]
         return
+    behind = [slave for slave in fleet.slaves[:-1] if live_at(slave) != record["commit"]]
+    if behind and set(record["beneath"]) == {"live"}:
+        yield "all are live beneath, and %s is not: %s" % (behind[0].folder.name, record)
     told = {bad["slave"]: bad["outcome"] for bad in record["beneath_bad"]}
     low = fleet.low.proxy.entry
-    for slave in fleet.slaves[:-1]:
+    for slave in behind:
         entry = slave.proxy.entry
         name = "%s > %s" % (low, entry)
         is_told = entry in told or name in told or set(record["beneath"]) == {"not started"}
         # A relay that could not be followed to its end says nothing of those beneath it.
         if slave in fleet.slaves[1:LEAVES] and told.get(low, "beneath failed") != "beneath failed":
             is_told = True
-        if live_at(slave) != record["commit"] and not is_told:
+        if not is_told:
             yield "%s is at %s, and the top relay says %s" % (
                 slave.folder.name, live_at(slave), record)
+
+
+def check_told(fleet):
+    """Of each update that all were told to be live by, each slave has put the commit live."""
+    for record in fleet.top.json("/status?repo=%s&history=1" % REPO)["updates"]:
+        if set(record["beneath"]) != {"live"}:
+            continue
+        if record["beneath"]["live"] != LEAVES + 1:
+            yield "not all are told: %s" % record
+        for slave in fleet.slaves[:-1]:
+            put_live = [line[1] for line in slave.journal() if len(line) == 3]
+            if record["commit"] not in put_live:
+                yield "%s never put %s live, and the top relay says that all did: %s" % (
+                    slave.folder.name, record["commit"], record)
 
 
 def check_all_good(fleet):
@@ -195,6 +212,7 @@ def run_relay_round(fleet, seed):
     for slave in reversed(fleet.slaves):
         wait_for_calm(slave)
     problems = list(check_beneath(fleet, fleet.top.json("/status?repo=" + REPO)))
+    problems += check_told(fleet)
     for slave in fleet.slaves:
         problems += check_slave(fleet, slave, since, excused=True)
     problems += check_all_good(fleet)
