@@ -106,7 +106,7 @@ MAX_CONNECTIONS = 256  # fewer where files are short, as these are kept for all 
 RESERVED_FILES = 32
 SPARE_FILES = 4  # connections that may be open beyond that, for as long as they end
 SHORTAGE_PAUSE_S = 0.1
-MAX_REFUSALS_LOGGED = 10  # a second
+MAX_REFUSALS_LOGGED = 5  # in TEND_S, which makes ten a second
 MAX_WAIT_S = 30
 MAX_STATUS_BYTES = 1000000  # server-update reads a little more
 VIA_RE = re.compile("[0-9a-f]{16}(,[0-9a-f]{16}){0,7}")  # ids of at most 8 relays
@@ -256,14 +256,12 @@ class Stderr:
     patience_s = LOG_PATIENCE_S
 
     def write(self, line):
-        """Writes a line in bytes, in one write where it has PIPE_BUF bytes at most; OSError."""
-        for start in range(0, len(line), select.PIPE_BUF):
-            # A pipe that is ready takes that much.
-            if not select.select([], [2], [], self.patience_s)[1]:
-                self.patience_s = 0  # once it is stuck, nobody waits for it again
-                return
-            self.patience_s = LOG_PATIENCE_S
-            os.write(2, line[start:start + select.PIPE_BUF])
+        """Writes a line of PIPE_BUF bytes at most, which a pipe that is ready takes; OSError."""
+        if not select.select([], [2], [], self.patience_s)[1]:
+            self.patience_s = 0  # once it is stuck, nobody waits for it again
+            return
+        self.patience_s = LOG_PATIENCE_S
+        os.write(2, line)
 
 
 STDERR = Stderr()
@@ -276,13 +274,15 @@ def is_journal():
 
 
 def log(text):
-    """Writes a line to stderr, in one write, so that the lines of threads never mix."""
+    """Writes a line to stderr, in one write, so that the lines of threads never mix.
+
+    What is too long for that is cut."""
     now = strftime("%Y-%m-%dT%H:%M:%SZ ", gmtime())
     if is_journal():
         now = ""
-    line = f"{now}{escape(USER_RE.sub('', text))}\n"
+    line = f"{now}{escape(USER_RE.sub('', text))}".encode("utf-8", "backslashreplace")
     with suppress(OSError):  # nobody reads the log: no reason to stop updating
-        STDERR.write(line.encode("utf-8", "backslashreplace"))
+        STDERR.write(line[:select.PIPE_BUF - 1] + b"\n")
 
 
 def start_thread(function, *args):
@@ -293,26 +293,21 @@ def start_thread(function, *args):
 
 
 class Throttle:
-    """Has so many lines a second logged, and counts the others.
+    """Has so many lines logged from one call of tell() to the next, and counts the others.
 
     No lock: where threads meet a line more or less is counted, and no harm is done."""
 
     def __init__(self):
-        self.second = None  # that is being counted
-        self.lines = 0  # in it
+        self.lines = 0
 
     def log(self, text):
-        self.tell(int(monotonic()))
         self.lines += 1
         if self.lines <= MAX_REFUSALS_LOGGED:
             log(text)
 
-    def tell(self, second):
-        """Begins a new second, unless it is that of before; says how many were left out in it."""
-        if second == self.second:
-            return
+    def tell(self):
+        """Says how many were left out, if any, and begins anew."""
         left_out = self.lines - MAX_REFUSALS_LOGGED
-        self.second = second
         self.lines = 0
         if left_out > 0:
             log(f"{left_out} more like these were left out")
@@ -400,7 +395,7 @@ RELAY_OPTIONS words options of server-update for them
 TLS_CERT      path  certificate chain (PEM): serve https
 TLS_KEY       path  its key, where that is not in TLS_CERT
 """
-SETTING_PATTERN = r"(?m)^(\w+) +(\w+) +(.*?)(?: \((\S+)\))?$"
+SETTING_PATTERN = r"(?m)^(\w+) +(\w+) +(.*?(?: \((\S+)\))?)$"
 SETTINGS = {key: Setting(default, PARSERS[kind], text)
             for key, kind, text, default in re.findall(SETTING_PATTERN, SETTINGS_TABLE)}
 
@@ -2263,7 +2258,7 @@ class Server(http.server.ThreadingHTTPServer):
         for handler in list(self.handlers):
             if handler.stage.deadline < now:
                 handler.drop()
-        self.throttle.tell(int(now))
+        self.throttle.tell()
         self.updater.tend()
         if self.updater.has_stopped():
             raise Stopped  # by shutdown() this thread would wait for itself
@@ -2333,11 +2328,6 @@ def any_address():
 
 # -- main --------------------------------------------------------------------------
 
-def handle_signals(signals, handler):
-    for number in signals:
-        signal.signal(number, handler)
-
-
 def tell_ready(address):
     """Tells the service manager at $NOTIFY_SOCKET, if there is one: sd_notify(3)."""
     # Nobody listens at "".
@@ -2367,7 +2357,8 @@ def serve(options):
     if not guard.secrets:
         log(f"no secret: who can reach the port can have repositories of {settings['BASE_URL']} "
             f"updated here; to change that, put one into {guard.path}")
-    handle_signals((SIGTERM, SIGINT), updater.stop)
+    signal.signal(SIGTERM, updater.stop)
+    signal.signal(SIGINT, updater.stop)
     signal.signal(SIGHUP, server.read_certificate)
     log(f"clones go live in {settings['REPOS_DIR']}, by {command}")
     log(f"listening on port {server.server_address[1]} "
@@ -2423,16 +2414,13 @@ def serve_or_say(options):
     return 0
 
 
-def be_process_1(options):
-    """As process 1 of a container: has a child serve, passes signals on, reaps what it inherits.
+def be_process_1(child):
+    """As process 1 of a container: passes signals on to the child, and reaps what it inherits.
 
     Returns the child's exit status. Nothing else may wait for just any process."""
-    child = os.fork()
-    if child == 0:
-        return serve_or_say(options)
-
     # A signal that comes before this ends process 1, and all of the container with it.
-    handle_signals((SIGTERM, SIGINT, SIGHUP), lambda number, _: os.kill(child, number))
+    for number in (SIGTERM, SIGINT, SIGHUP):
+        signal.signal(number, lambda number, _: os.kill(child, number))
     while True:
         pid, status = os.wait()
         if pid == child:
@@ -2447,8 +2435,7 @@ def make_parser():
     parser.add_argument("FILE", nargs="?", help="serve this file at /")
     for key, setting in SETTINGS.items():
         name = option_name(key)
-        default = f" ({setting.default})" if setting.default else ""
-        parser.add_argument(name, dest=name, metavar=key, help=setting.help + default)
+        parser.add_argument(name, dest=name, metavar=key, help=setting.help)
     parser.add_argument("--hook-key", metavar="NAME [REF]", help="print a forge's key, no more")
     parser.add_argument("--version", action="version", version=f"slave.py {VERSION}")
     return parser
@@ -2459,7 +2446,9 @@ def main(argv=None):
     open_standard_files()
     options = vars(make_parser().parse_args(argv))
     if os.getpid() == 1:
-        return be_process_1(options)
+        child = os.fork()
+        if child:
+            return be_process_1(child)
     return serve_or_say(options)
 
 
