@@ -44,6 +44,7 @@ BY_TEST = {
     ("recipes.md", "./install.sh relay"): "test_it_says_url_and_key_for_the_forge",
     ("recipes.md", "install -d /etc/server-update/hooks /etc"): "test_a_hold",
     ("recipes.md", HOOK_BY % "tell"): "test_a_chat_is_told",
+    ("recipes.md", "install -d /etc/server-update/hooks/pre"): "test_several_hooks",
     ("recipes.md", "ssh-keygen"): "test_a_deploy_key",
     ("recipes.md", "git config --global credential"): "test_a_token",
     ("recipes.md", 'chown "root:'): "test_a_token_in_slave_conf",
@@ -336,6 +337,35 @@ def test_a_chat_is_told(world, chat, tmp_path):
     (told,) = chat.told
     live = world.upstream.head()[:7]
     assert re.search(": hanuman: failed, live is %s. .*nowhere" % live, told), told
+
+
+def test_several_hooks(world, tmp_path):
+    """A hold, and what is kept: both count, in the order of their names."""
+    assert world("server-update hanuman").returncode == 0
+    text = adapt(
+        find_block("recipes.md", "install -d /etc/server-update/hooks/pre"),
+        ("/etc/server-update/hooks", world.slave.hooks),
+        ("docs/examples/", "%s/docs/examples/" % ROOT),
+    )
+    assert world(text).returncode == 0
+    folder = world.slave.hooks / "pre-update.d"
+    for name, shown in (("hold", "/etc/server-update/hold}"), ("keep-files", "/srv/keep}")):
+        path = folder / name
+        path.write_text(adapt(read(path), (shown, "%s/%s}" % (tmp_path, name))))
+    hold, keep = tmp_path / "hold/hanuman", tmp_path / "keep-files/hanuman"
+    hold.parent.mkdir()
+    hold.write_text("ask Ann\n")
+    keep.mkdir(parents=True)
+    (keep / ".env").write_text("KEY=value\n")
+    world.upstream.commit({"file": "pushed\n"})
+    assert "on hold: ask Ann" in world("server-update hanuman").stdout
+    hold.unlink()
+    assert world("server-update hanuman").returncode == 0
+    tree = world.slave.repos / "hanuman"
+    assert (read(tree / "file"), read(tree / ".env")) == ("pushed\n", "KEY=value\n")
+    folder.rename(tmp_path / "away")
+    assert world("server-update hanuman").returncode == 1
+    assert read(tree / ".env") == "KEY=value\n"
 
 
 SIGNED_COMMIT = """
