@@ -183,6 +183,7 @@ def test_a_push_in_the_middle_of_a_rollout_waits_for_the_next(fleet, upstream, u
     assert [commit_in(slave) for slave in slaves] == [before] * SLAVES
 
 
+@pytest.mark.slow
 def test_a_push_between_slaves_is_seen_and_the_printed_command_mends_it(
     fleet, upstream, tmp_path
 ):
@@ -252,6 +253,7 @@ def test_a_hook_that_fails_stops_a_rollout(fleet, upstream, update):
     assert re.search(r"  hook failed  .*bad config in line 7", done.stdout)
 
 
+@pytest.mark.slow
 def test_the_status_is_good_only_where_a_commit_is_live_and_its_tree_is_there(
     fleet, upstream, update
 ):
@@ -277,6 +279,7 @@ def test_the_status_is_good_only_where_a_commit_is_live_and_its_tree_is_there(
     assert update(slaves[1:], "--status", repo="hanumna").returncode == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", daily(1, ["branch", "tag", "commit"]))
 def test_a_ref_goes_live_on_every_slave(fleet, upstream, update, kind):
     repo = upstream.create("hanuman")

@@ -13,7 +13,7 @@ import pytest
 import version_1
 from install_support import Installer, contents, files, folder_modes
 from processes import wait_until
-from product import PYTHON, SHELLS, SOURCES, need
+from product import PYTHON, SHELLS, SOURCES, daily, need
 
 KILL_POINTS = 9  # at how many of its commands an install is killed
 AT_ONCE = 6
@@ -285,6 +285,7 @@ def test_the_clones_folder_is_made_without_the_install_program(
     assert out.endswith("Nothing had to be changed in %s/own.\n" % tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shell", SHELLS)
 def test_a_served_file_that_is_not_there_is_told(installer, as_user, tmp_path, shell):
     page = tmp_path / "a page"
@@ -784,7 +785,7 @@ def exposure(unit):
     return float(re.search(r"Overall exposure level for .*: ([\d.]+)", out).group(1))
 
 
-@pytest.mark.parametrize("user", ["root", "nobody"])
+@pytest.mark.parametrize("user", daily(1, ["root", "nobody"]))
 def test_the_unit_is_as_closed_as_that_of_version_1(installer, tmp_path, user):
     need("systemd-analyze")
     old = Installer(tmp_path / "old", version_1.unpack(tmp_path / "version 1"))

@@ -173,6 +173,7 @@ def test_a_shared_secret_is_left_without_a_gap(fleet):
         assert os.listdir(str(fleet.etc / address)) == ["secret"]
 
 
+@pytest.mark.slow
 def test_a_key_that_could_not_be_made_changes_nothing(fleet):
     before = fleet.secret_lines()
     steps = fleet.ask_for_steps()

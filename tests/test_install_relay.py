@@ -49,6 +49,7 @@ def test_a_relay_without_slaves_would_not_start(installer):
     )
 
 
+@pytest.mark.slow
 def test_a_slave_conf_that_names_no_list_is_kept_and_told(installer):
     installer.check("slave")
     conf = installer.stage / CONF
@@ -59,6 +60,7 @@ def test_a_slave_conf_that_names_no_list_is_kept_and_told(installer):
     assert "wrote %s/%s\n" % (installer.stage, LIST) in installer.check("relay", "web1")
 
 
+@pytest.mark.slow
 def test_another_list_and_secret_of_a_slave_conf_are_taken(installer):
     conf = installer.stage / CONF
     conf.parent.mkdir(parents=True)
@@ -69,6 +71,7 @@ def test_another_list_and_secret_of_a_slave_conf_are_taken(installer):
     assert not (installer.stage / LIST).exists() and not (installer.stage / SECRET).exists()
 
 
+@pytest.mark.slow
 def test_an_option_that_a_kept_slave_conf_contradicts_stops_it(installer):
     installer.check("relay", "web1")
     conf = installer.stage / CONF

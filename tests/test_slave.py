@@ -29,7 +29,7 @@ from slave_support import (
 )
 
 ROUNDS = int(os.environ.get("ROUNDS", 6))  # of kill -9, with a quick slave-activate of ours
-REAL_ROUNDS = int(os.environ.get("REAL_ROUNDS", 2))  # with the real one
+REAL_ROUNDS = int(os.environ.get("REAL_ROUNDS", 3))  # with the real one
 BURST = 1000  # signals
 UPDATES = 100  # for zombies, memory and open files
 TOO_LONG = "x" * 256  # for the name of a file
@@ -75,6 +75,7 @@ def test_accepted_updates_survive_kill_9(start_slave, upstream):
     assert sorted(os.listdir(str(slave.state))) == ["b.json", "c.json", "hanuman.json"]
 
 
+@pytest.mark.slow
 def test_accepted_updates_survive_kill_9_with_real_clones(start_slave, upstream):
     slave = start_slave()
     kill_rounds(slave, upstream, REAL_ROUNDS, 0.4, seed=42)
@@ -478,7 +479,7 @@ def test_sigterm_stops_cleanly_and_the_next_start_resumes(start_slave, upstream)
 def test_signals_in_the_midst_of_signals_stop_it_as_well(start_slave):
     """As a terminal and a script send them, to all of a group and then to each of it."""
     slave = start_slave()
-    for _ in range(5):
+    for _ in range(3):
         for number in [SIGINT, SIGTERM] * 20:
             slave.process.send_signal(number)
         assert slave.stop() == 0

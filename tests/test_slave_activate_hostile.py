@@ -9,6 +9,7 @@ import os
 import pytest
 from activate_support import Activate, snapshot
 from processes import cpu_s_of_children
+from product import daily
 from upstream import run_git
 
 FILES = 64000
@@ -164,7 +165,7 @@ def test_a_submodule_path_that_ends_in_a_return(attack):
     attack.works()
 
 
-@pytest.mark.parametrize("ref", ["branch", "commit"])
+@pytest.mark.parametrize("ref", daily(1, ["branch", "commit"]))
 def test_hooks_in_the_tree_do_not_run(attack, own_home, ref):
     hooks = {
         folder + name: ("100755", "#!/bin/sh\n%s\n" % attack.run)
@@ -198,13 +199,13 @@ def test_filters_that_the_tree_asks_for_do_not_run(attack):
 
 @pytest.mark.parametrize(
     "url, setting, reason",
-    [
+    daily(2, [
         ("ext::sh -c touch%% %(pwned)s", "protocol.ext.allow", "transport 'ext' not allowed"),
         ("file://%(path)s", "protocol.file.allow", "transport 'file' not allowed"),
         ("--upload-pack=%(run)s", None, "No url found for submodule path 'sub' in .gitmodules"),
         ("-u%(run)s;:x", None, "No url found for submodule path 'sub' in .gitmodules"),
         ("ssh://-oProxy=%(run)s/x", None, "strange hostname '-oProxy=touch ' blocked"),
-    ],
+    ]),
 )
 def test_a_submodule_from_where_it_must_not_come(attack, url, setting, reason):
     attack.submodule('"%s"' % (url % dict(vars(attack), path=attack.repo.path)))

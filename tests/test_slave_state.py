@@ -10,7 +10,7 @@ import time
 
 import pytest
 from processes import is_alive, wait_until
-from product import ISOLATED, SERVER_UPDATE
+from product import ISOLATED, SERVER_UPDATE, daily
 from slave_support import (
     ONE,
     SOON_ENDED,
@@ -86,7 +86,7 @@ RAISES = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(RAISES))
+@pytest.mark.parametrize("name", daily(2, sorted(RAISES)))
 def test_whatever_is_raised_the_update_ends(start_slave, name):
     slave = start_slave()
     script = slave.bin / "slave.py"
@@ -335,7 +335,9 @@ def test_refs_that_only_git_can_read(start_slave, upstream):
     assert slave.json("/status?repo=hanuman")["commit"] == repo.head()
 
 
-@pytest.mark.parametrize("name", ["HEAD", "refs/heads/main", "packed-refs", "config", "index"])
+@pytest.mark.parametrize(
+    "name", daily(2, ["HEAD", "refs/heads/main", "packed-refs", "config", "index"])
+)
 def test_nothing_waits_for_a_fifo(start_slave, upstream, name):
     slave = start_slave()
     _, tree = make_clone(slave, upstream)
