@@ -204,6 +204,7 @@ check_usage() {
   fi
   check_path "$prefix"
   check_path "$serve"
+  check_repo "$repo"
 }
 
 allow_options() { # OPTION...: those that the role takes
@@ -221,6 +222,17 @@ check_path() { # PATH: it goes between quotes into units and into commands for p
       die 2 "--prefix and --serve take absolute paths without quotes, \\, \$ and %"
       ;;
   esac
+}
+
+check_repo() { # NAME or nothing: by the rule that slave.py has
+  case $1 in
+    [!A-Za-z0-9_]* | *[!A-Za-z0-9._-]* | *..* | *.git | *.lock)
+      die 2 "bad repository '$1'"
+      ;;
+  esac
+  if [ "${#1}" -gt 100 ]; then
+    die 2 "too long: '$1'"
+  fi
 }
 
 # --- what is there ---

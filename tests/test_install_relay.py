@@ -49,6 +49,12 @@ def test_a_relay_without_slaves_would_not_start(installer):
     )
 
 
+@pytest.mark.parametrize("name", ["../x", "-x", "a b", "x.git", "x.lock", "é", "a;b"])
+def test_a_bad_repository_is_told_before_anything_is_installed(installer, name):
+    message = installer.refused("relay", "web1", "--repo=" + name)
+    assert message.startswith("install.sh: bad repository '")
+
+
 @pytest.mark.slow
 def test_a_slave_conf_that_names_no_list_is_kept_and_told(installer):
     installer.check("slave")
