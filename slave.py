@@ -112,11 +112,11 @@ MAX_STATUS_BYTES = 1000000  # server-update reads a little more
 VIA_RE = re.compile("[0-9a-f]{16}(,[0-9a-f]{16}){0,7}")  # ids of at most 8 relays
 TEND_S = 0.5  # how often late connections are dropped
 LOG_PATIENCE_S = 1  # for the log's reader to take a line
-RETRY_LATER = ("Retry-After", "2")
+RETRY_LATER = ("Retry-After", 2)
 
 # A header's line, or its end: RFC 9110
 HEADER_LINE_RE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*)?\r?\n")
-ORIGIN_RE = re.compile("^https?://[^/?]*", re.I)  # of a target as proxies send it
+ORIGIN_RE = re.compile("^https?://[^/?]*/?", re.I)  # of a target as proxies send it
 
 # Bodies
 BODY_TIMEOUT_S = 30  # in all
@@ -1201,11 +1201,10 @@ class Beneath:
         self.listed = None  # slaves, as its first line says
         self.counts = None  # {outcome: count}, of its last line
         self.bad = []  # those that are not good, as far as they are told
-        self.left_bytes = MAX_BAD_BYTES
 
     def take(self, line):
         """Takes a line, in bytes; what makes no sense is passed over."""
-        with suppress(ValueError, TypeError, AttributeError, KeyError, RecursionError):
+        with suppress(Exception):
             fields = json.loads(line.decode("utf-8"))
             self.listed = fields.get("slaves", self.listed)
             if "outcomes" in fields:
@@ -1220,8 +1219,7 @@ class Beneath:
         bad = {key: fields[key][:MAX_MESSAGE_CHARS]
                for key in ("slave", "outcome", "message")}
         bad["slave"] = above + bad["slave"]
-        self.left_bytes -= len(json.dumps(bad)) + len(", ")
-        if len(self.bad) < MAX_BAD and self.left_bytes >= 0:
+        if len(self.bad) < MAX_BAD and len(json.dumps([*self.bad, bad])) <= MAX_BAD_BYTES:
             self.bad.append(bad)
 
 
@@ -1259,7 +1257,7 @@ def check_time(when, floor):
     if wait_s <= 0:
         return
     text = f"signed too long ago to be told from a replay; sign again in {wait_s} s"
-    refusal = Refusal(503, text, ("Retry-After", str(wait_s)))
+    refusal = Refusal(503, text, ("Retry-After", wait_s))
     refusal.more = {"floor": floor}
     raise refusal
 
@@ -1969,7 +1967,7 @@ class Connection(http.server.SimpleHTTPRequestHandler):
         self.enter(ANSWERING)
         # As it was sent, which is what is signed.
         self.target = self.requestline.split()[1]
-        self.route, _, self.query = ORIGIN_RE.sub("", self.target).partition("?")
+        self.route, _, self.query = ORIGIN_RE.sub("/", self.target).partition("?")
         is_read = self.command in ("GET", "HEAD")
         # A body is the last of a connection: what nobody reads is never taken for a request.
         has_body = "Content-Length" in self.headers or "Transfer-Encoding" in self.headers
@@ -2036,7 +2034,7 @@ class Connection(http.server.SimpleHTTPRequestHandler):
         body = value.encode("utf-8") + b"\n"
         self.send_response(status)
         self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Length", len(body))
         for header in headers:
             self.send_header(*header)
         self.end_headers()
@@ -2049,6 +2047,15 @@ class Connection(http.server.SimpleHTTPRequestHandler):
         super().end_headers()
 
 
+ROUTES = {
+    "/": "answer_signal",
+    "/get": "answer_signal",
+    "/get/": "answer_signal",
+    "/hook": "answer_hook",
+    "/status": "answer_status",
+}
+
+
 class Handler(Connection):
     """What is asked, and what is answered, by http.server's flow: do_GET and its kin."""
 
@@ -2056,7 +2063,7 @@ class Handler(Connection):
         # These two never need a signature; everything else is checked before it is parsed.
         if self.route == "/healthz":
             self.send(200, "ok")
-        elif self.route in ("", "/") and not re.search("(^|&)repo(=|&|$)", self.query):
+        elif self.route == "/" and not re.search("(^|&)repo(=|&|$)", self.query):
             self.answer_front(self.server.served_file)
         else:
             self.check_signature()
@@ -2079,20 +2086,15 @@ class Handler(Connection):
         now = int(time())
         self.signed_at = guard.check_signature(signatures, self.command, self.target, now)
 
-    def answer(self, repo=None, **others):
+    def answer(self, **asked):
         """Answers what only who may ask gets an answer to."""
-        if repo:
-            self.server.guard.check_repo(repo)
-        if self.route == "/status":
-            self.answer_status(repo, **others)
-        elif self.route not in ("", "/", "/get", "/get/", "/hook"):
+        if self.route not in ROUTES:
             raise Refusal(404, "no such path")
-        elif repo is None:
+        if "repo" in asked:
+            self.server.guard.check_repo(asked["repo"])
+        elif self.route != "/status":
             raise Refusal(400, "no 'repo'")
-        elif self.route == "/hook":
-            self.answer_hook(repo, **others)
-        else:
-            self.answer_signal(repo, **others)
+        getattr(self, ROUTES[self.route])(**asked)
 
     def check_no_page(self):
         """A web page may not start anything, not even one that somebody on this network reads."""
@@ -2132,7 +2134,7 @@ class Handler(Connection):
         except Ignored as ignored:
             self.send(200, {"repo": repo, "ignored": str(ignored)})
 
-    def answer_status(self, repo, update=None, wait="0", history="0", **_):
+    def answer_status(self, repo=None, update=None, wait="0", history="0", **_):
         """One repository's record, once it has ended or `wait` seconds are over; or all."""
         updater = self.server.updater
         if repo is None:
@@ -2281,7 +2283,7 @@ class Server(http.server.ThreadingHTTPServer):
         if room < -SPARE_FILES:
             sleep(POLL_S)
         # A socket for both families says ::ffff:192.0.2.1 for an address of IPv4.
-        address = (MAPPED_RE.sub("", client_address[0]), client_address[1])
+        address = [MAPPED_RE.sub("", client_address[0])]
         try:
             start_thread(self.serve_connection, request, address)
         except (RuntimeError, MemoryError) as error:
