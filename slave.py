@@ -1365,8 +1365,8 @@ class Guard:
         if not match:
             raise Refusal(401, "signature missing or wrong")
         when, nonce, mac = match.groups()
-        signed = (method, target, when, nonce)
-        right = [one for one in self.secrets if hmac.compare_digest(sign(one, *signed), mac)]
+        right = [one for one in self.secrets
+                 if hmac.compare_digest(sign(one, method, target, when, nonce), mac)]
         if not right:
             raise Refusal(401, "signature missing or wrong")
         # The difference of the clocks tells nothing to who has no key.
@@ -1374,7 +1374,7 @@ class Guard:
         difference = abs(now - when)
         if difference > MAX_CLOCK_DIFFERENCE_S:
             raise Refusal(401, f"the clocks are {difference} s apart")
-        self.nonces.setdefault(right[0], Nonces()).take(bytes.fromhex(nonce), when)
+        self.nonces.setdefault(right[0], Nonces()).take(nonce, when)
         return when
 
     def check_address(self, text):
@@ -1900,9 +1900,6 @@ class Connection(http.server.SimpleHTTPRequestHandler):
                                                        do_handshake_on_connect=False)
         super().setup()
         self.rfile = HeaderReader(self.rfile, HEADER_BUFFER_BYTES)
-        self.enter(WAITING, HEADER_TIMEOUT_S)
-        # Last, as finish() is called only for what has come so far.
-        self.server.handlers.add(self)
 
     def enter(self, rank, may_last_s=NEVER_S):
         """Begins a stage; once that has lasted too long the server drops the connection."""
@@ -1947,6 +1944,7 @@ class Connection(http.server.SimpleHTTPRequestHandler):
         """Reads one request and answers it, an error too."""
         self.requestline = self.request_version = self.command = ""
         self.enter(WAITING, HEADER_TIMEOUT_S)
+        self.server.handlers.add(self)
         self.rfile.begin()
         try:
             super().handle_one_request()
@@ -1980,7 +1978,7 @@ class Connection(http.server.SimpleHTTPRequestHandler):
             raise Refusal(405, f"only {methods}", ("Allow", methods))
         return True
 
-    def send_error(self, code, message=None, explain=None):
+    def send_error(self, code, *_):
         """What http.server itself refuses; its messages quote the request, so they go nowhere."""
         raise Refusal(code, http.HTTPStatus(code).phrase.lower())
 
@@ -2064,7 +2062,7 @@ class Handler(Connection):
         if self.route == "/healthz":
             self.send(200, "ok")
         elif self.route == "/" and not re.search("(^|&)repo(=|&|$)", self.query):
-            self.answer_front(self.server.served_file)
+            self.answer_front()
         else:
             self.check_signature()
             self.answer(**parse_query(self.query))
@@ -2168,11 +2166,12 @@ class Handler(Connection):
                     fields.update(message="", by=None, note=None)
         return {"version": VERSION, "repos": repos}
 
-    def answer_front(self, served):
+    def answer_front(self):
         """The served file, or where there is none a word about what this is."""
-        if not served and parse_query(self.query):
-            raise Refusal(400, "no 'repo'")
+        served = self.server.served_file
         if not served:
+            if parse_query(self.query):
+                raise Refusal(400, "no 'repo'")
             self.send(200, "a server-update slave: /?repo=NAME starts an update")
             return
         with served.open() as file:
@@ -2271,7 +2270,7 @@ class Server(http.server.ThreadingHTTPServer):
             return super().get_request()
         except (OSError, MemoryError) as error:
             self.make_room(error)
-            raise OSError("no connection")
+            raise OSError
 
     def process_request(self, request, client_address):
         """Has a thread serve a new connection; RuntimeError, MemoryError where there is none."""
