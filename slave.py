@@ -104,7 +104,7 @@ MAX_HEADER_BYTES = 16384
 HEADER_BUFFER_BYTES = 512  # small, as there may be so many connections:
 MAX_CONNECTIONS = 256  # fewer where files are short, as these are kept for all else:
 RESERVED_FILES = 32
-SPARE_FILES = 4  # connections that may be open beyond that, for as long as they end
+CLOSING_S = 0.002  # for the thread of a connection that is dropped to close it
 SHORTAGE_PAUSE_S = 0.1
 MAX_REFUSALS_LOGGED = 5  # in TEND_S, which makes ten a second
 MAX_WAIT_S = 30
@@ -1923,7 +1923,6 @@ class Connection(http.server.SimpleHTTPRequestHandler):
             pass  # the peer has gone
         finally:
             self.server.handlers.discard(self)
-            self.drop()
             self.request.close()
 
     def check_peer(self):
@@ -2081,8 +2080,8 @@ class Handler(Connection):
                 raise Refusal(401, "proof missing or wrong")
             return
         signatures = self.headers.get_all("X-Server-Update-Signature", [])
-        now = int(time())
-        self.signed_at = guard.check_signature(signatures, self.command, self.target, now)
+        self.signed_at = guard.check_signature(
+            signatures, self.command, self.target, int(time()))
 
     def answer(self, **asked):
         """Answers what only who may ask gets an answer to."""
@@ -2274,13 +2273,12 @@ class Server(http.server.ThreadingHTTPServer):
 
     def process_request(self, request, client_address):
         """Has a thread serve a new connection; RuntimeError, MemoryError where there is none."""
+        # The limit may be changed from outside at any time.
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         # There is always room for a new one, or silent ones could shut everybody out.
-        room = max_connections() - len(self.handlers)
-        if room <= 0:
+        if len(self.handlers) >= max(1, min(MAX_CONNECTIONS, files - RESERVED_FILES)):
             self.drop_one()
-        # Those that were dropped are closed by their threads, which may need a moment for it.
-        if room < -SPARE_FILES:
-            sleep(POLL_S)
+            sleep(CLOSING_S)
         # A socket for both families says ::ffff:192.0.2.1 for an address of IPv4.
         address = [MAPPED_RE.sub("", client_address[0])]
         try:
@@ -2311,13 +2309,6 @@ class Server(http.server.ThreadingHTTPServer):
         error = sys.exc_info()[1]
         if not isinstance(error, OSError) or isinstance(error, ssl.SSLError):
             self.throttle.log(f"connection of {client_address[0]}: {error!r}")
-
-
-def max_connections():
-    """So many connections that files are left for all else."""
-    # The limit may be changed from outside at any time.
-    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return max(1, min(MAX_CONNECTIONS, files - RESERVED_FILES))
 
 
 def any_address():
