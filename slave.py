@@ -1948,14 +1948,12 @@ class Connection(http.server.SimpleHTTPRequestHandler):
         try:
             super().handle_one_request()
         except Refusal as refusal:
-            self.refuse(*refusal.args, **refusal.more)
-
-    def refuse(self, status, text, *headers, **more):
-        """An error is the last answer of a connection: what comes next may be no request."""
-        self.close_connection = True
-        self.server.throttle.log(f"refused with {status} from {self.client_address[0]}: {text}: "
-                                 f"{self.requestline[:200]}")
-        self.send(status, dict(more, error=text), *headers)
+            # It is the last answer of a connection: what comes next may be no request.
+            self.close_connection = True
+            status, text, *headers = refusal.args
+            self.server.throttle.log(f"refused with {status} from {self.client_address[0]}: "
+                                     f"{text}: {self.requestline[:200]}")
+            self.send(status, dict(refusal.more, error=text), *headers)
 
     def parse_request(self):
         """As in http.server; whoever may not ask, or not like this, is refused."""
