@@ -5,10 +5,12 @@ A forge tells the top relay alone. Beneath it are a leaf and another relay, whic
 own; all of them are reached through proxies, as the network between them breaks, too. All have one
 secret.
 """
+import contextlib
 import http.client
 import json
 import random
 import signal
+import time
 
 from checker import Violation, check_slave, check_tree, wait_for_calm
 from fleet import REPO, FleetSlave, History
@@ -23,6 +25,7 @@ from upstream import HttpUpstream, Upstream
 LEAVES = 3  # one beneath the top relay, the others beneath the low one
 EVENTS = 12  # beside the pushes
 PUSHES = 8
+NEXT_RUN_S = 2
 SPREAD_S = 4
 LOW_OPTIONS = "--timeout 5 --connect-timeout 1 --retries 1"
 TOP_OPTIONS = "--timeout 12 --connect-timeout 1 --retries 1"
@@ -49,26 +52,33 @@ def push_to_top(fleet, slave, rng):
     announce(fleet, fleet.history.push())
 
 
+def find_fleet_runs(fleet):
+    """The processes of server-update that relays run."""
+    found = []
+    for pid in processes_below(fleet.top.folder) + processes_below(fleet.low.folder):
+        with contextlib.suppress(OSError), open("/proc/%d/cmdline" % pid, "rb") as command:
+            if b"/server-update\0--json" in command.read():
+                found.append(pid)
+    return found
+
+
 def signal_fleet_runs(fleet, signum):
-    """A signal to each server-update that a relay runs."""
-    for relay in (fleet.top, fleet.low):
-        for pid in processes_below(relay.folder):
-            try:
-                with open("/proc/%d/cmdline" % pid, "rb") as command:
-                    is_run = b"/server-update\0--json" in command.read()
-            except OSError:
-                continue
-            if is_run:
-                kill(pid, signum)
+    """A signal to each server-update that a relay runs; to the next ones, where there is none."""
+    end = time.monotonic() + NEXT_RUN_S
+    while not find_fleet_runs(fleet) and time.monotonic() < end:
+        time.sleep(0.01)
+    for pid in find_fleet_runs(fleet):
+        kill(pid, signum)
+        fleet.ended_runs += 1
 
 
 def kill_fleet_runs(fleet, slave, rng):
-    """kill -9 of the relays' server-update, where one runs."""
+    """kill -9 of the relays' server-update."""
     signal_fleet_runs(fleet, signal.SIGKILL)
 
 
 def stop_fleet_runs(fleet, slave, rng):
-    """SIGTERM of the relays' server-update, where one runs."""
+    """SIGTERM of the relays' server-update."""
     signal_fleet_runs(fleet, signal.SIGTERM)
 
 
@@ -118,6 +128,7 @@ class RelayFleet:
         self.low = self.add("low", leaves[1:], LOW_OPTIONS)
         self.top = self.add("top", [leaves[0], self.low], TOP_OPTIONS)
         self.slaves = [*leaves, self.low, self.top]
+        self.ended_runs = 0  # of server-update, by a signal of ours
 
     def add(self, name, beneath=(), options=""):
         """A slave, with others beneath it perhaps."""
@@ -206,6 +217,7 @@ def run_relay_round(fleet, seed):
     for slave in fleet.slaves:
         slave.journal_before = len(slave.journal())
     since = fleet.history.pushed_at[-1]
+    ended_before = fleet.ended_runs
     run_events(fleet, plan, RELAY_FAULTS)
     mend_everything(fleet)
     # From above, as those above ask those beneath.
@@ -221,4 +233,4 @@ def run_relay_round(fleet, seed):
             seed, ", ".join("%s at %.2f s on %d" % (event.kind, event.at, event.slave)
                             for event in plan), "\n".join(problems)))
     return {"accepted": len([1 for when, _ in fleet.top.accepted() if when >= since]),
-            "faults": len(plan)}
+            "faults": len(plan), "fleet runs ended": fleet.ended_runs - ended_before}

@@ -55,5 +55,6 @@ def test_what_a_relay_has_taken_is_accounted_for_on_every_slave(tmp_path):
         assert list(check_all_good(fleet)) == []
         counts = [run_relay_round(fleet, seed) for seed in RELAY_SEEDS]
         assert sum(count["accepted"] for count in counts) >= len(RELAY_SEEDS)
+        assert sum(count["fleet runs ended"] for count in counts) >= 1
     finally:
         fleet.close()
