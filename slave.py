@@ -936,7 +936,7 @@ class Run:
 
     Until close() the process stays a zombie, so that its number can't be another group's."""
 
-    is_stopping = False  # once it is set, of the class, all runs are ended
+    is_stopping = False  # set once, for all: those that are under way are ended, none begins
 
     def __init__(self, name, command, environ, take_line):
         """Starts it; OSError where it can't, Stopped where none may start any more.
@@ -960,8 +960,8 @@ class Run:
     def finish(self, timeout_s):
         """Blocks until it has ended, with all that it started, or been given up.
 
-        Returns whether it was ended by force, as the time was up. Stopped: so it was, or failed
-        meanwhile, as the slave is to stop."""
+        Returns whether it was ended by force, as the time was up. Raises Stopped where the slave
+        is to stop meanwhile, unless it ends well all the same."""
         is_late = False
         try:
             self.listen_until(lambda: self.has_ended() or Run.is_stopping, timeout_s)
@@ -1715,7 +1715,7 @@ class Updater:
                 self.journal.changed.notify_all()  # who waits for an end hears how it is
 
     def stop(self, *_):
-        """A signal may come in the midst of another: a lock would be waited for for ever."""
+        """A signal's handler: it may come in the midst of another, so that it may take no lock."""
         log("stopping")
         Run.is_stopping = True
 
