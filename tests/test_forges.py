@@ -156,9 +156,9 @@ HOSTILE = [
 
 @pytest.mark.parametrize("body", HOSTILE, ids=lambda body: repr(body[:12]) + str(len(body)))
 def test_a_hostile_body_is_nothing_known_and_soon(slave, body):
-    began = time.monotonic()
+    before = time.process_time()
     assert why_ignored(slave, bytes(slave.find_payload(body)), None) is None
-    assert time.monotonic() < began + 20
+    assert time.process_time() - before < 20
 
 
 def test_of_duplicate_keys_the_last_one_counts(slave):

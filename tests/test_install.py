@@ -15,7 +15,7 @@ from install_support import Installer, contents, files, folder_modes
 from processes import wait_until
 from product import PYTHON, SHELLS, SOURCES, daily, need
 
-KILL_POINTS = 9  # at how many of its commands an install is killed
+KILL_POINTS = 6  # at how many of its commands an install is killed
 AT_ONCE = 6
 MAX_EXPOSURE = 4.0
 EXPOSURE_OF_CAP_KILL = 0.1  # by which a root slave may end what its hooks have become

@@ -595,12 +595,12 @@ def test_a_terminal_is_left_clean(farm, tmp_path):
 
 def test_off_a_terminal_a_line_says_who_is_waited_for(server_update, monkeypatch, farm, capsys):
     """And since when one that has taken the signal does not answer; not with -q."""
-    monkeypatch.setattr(server_update, "WORD_EVERY_S", 1)
+    monkeypatch.setattr(server_update, "WORD_EVERY_S", 2)
     monkeypatch.setattr(server_update, "LONG_POLL_S", 0)
-    monkeypatch.setattr(server_update, "ANSWER_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(server_update, "ANSWER_TIMEOUT_S", 1)
     entries = [farm.add(updates(hook=None))] + [farm.add(hold) for _ in range(3)]
-    arguments = ["--timeout=3.6", "--connect-timeout=0.2", "--json"]
-    assert run_in_process(server_update, monkeypatch, entries, *arguments) == 1
+    arguments = ["--connect-timeout=1", "--json"]
+    assert run_in_process(server_update, monkeypatch, entries, "--timeout=5.5", *arguments) == 1
     lines = capsys.readouterr().err.splitlines()
     waiting = [line for line in lines if "waiting" in line]
     assert 1 <= len(waiting) <= 3
@@ -613,7 +613,8 @@ def test_off_a_terminal_a_line_says_who_is_waited_for(server_update, monkeypatch
         assert re.fullmatch(
             r"server-update: no answer from 127\.77\.0\.[2-4]:\d+ since \d\d:\d\d:\d\dZ", line
         )
-    assert run_in_process(server_update, monkeypatch, entries, *arguments, "-q") == 1
+    arguments += ["--timeout=2.5", "-q"]
+    assert run_in_process(server_update, monkeypatch, entries, *arguments) == 1
     assert capsys.readouterr().err == ""
 
 

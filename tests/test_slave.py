@@ -669,7 +669,7 @@ def test_served_file_is_never_missing_during_updates(start_slave, upstream):
     stop, answers = threading.Event(), []
 
     def read():
-        while not stop.is_set():
+        while not stop.wait(0.002):
             status, _, body = slave.get("/")
             answers.append((status, len(set(re.findall(rb"<title>\d+</title>", body)))))
 
