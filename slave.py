@@ -5,6 +5,7 @@
     slave.py ~/repos/site/index.html             the same, and serve that file at /
     GET /?repo=NAME[&ref=REF]                    start an update: 202 and its id, as JSON
     GET /status[?repo=NAME[&update=ID&wait=S]]   what is live, and how updates ended
+    GET /metrics                                 the same in Prometheus's text format
     GET /healthz                                 200 once it serves
 
 Settings: KEY=value lines in /etc/server-update/slave.conf (or the file SERVER_UPDATE_CONF),
@@ -389,6 +390,7 @@ TIMEOUT       time  seconds for an update (600)
 SUBMODULES    yesno yes or no: clone them (yes)
 SECRET_FILE   path  keys, a line each, else /etc/server-update/secret if it exists
 ALLOW_FROM    nets  addresses and networks that may ask, else all
+VIEW_FROM     nets  addresses and networks that may read /status and /metrics unsigned
 ALLOW_REPOS   globs globs of repositories that may be updated, else all
 SLAVELIST     path  slaves beneath: they follow each update of this one
 RELAY_OPTIONS words options of server-update for them
@@ -475,10 +477,11 @@ def read_settings(environ, options, folder=CONFIG_FOLDER):
 
 # One update. /status tells the fields of TOLD; times are seconds since 1970; `first` is the oldest
 # update that this one has taken the place of; `tries` are those that a kill of the slave cut off;
-# `untold` is the path of the hook update-ended until that has run.
+# `untold` is the path of the hook update-ended until that has run; `lived` is when an update went
+# live last, this one or one before it.
 Record = namedtuple("Record", "repo update ref state requested started finished commit previous "
-                    "message pin hook beneath beneath_bad by note via expect first tries untold",
-                    defaults=[None] * 4 + [""] + [None] * 9 + [0, None])
+                    "message pin hook beneath beneath_bad by note via expect first tries untold "
+                    "lived", defaults=[None] * 4 + [""] + [None] * 9 + [0, None, None])
 TOLD = Record._fields[:16]
 
 
@@ -498,8 +501,11 @@ def outcome(record):
     return "live"
 
 
-class Records(namedtuple("Records", "ended running queued", defaults=((), None, None))):
-    """What is remembered of one repository's updates, oldest first; nothing here changes it."""
+class Records(namedtuple("Records", "ended running queued counts",
+                         defaults=((), None, None, Counter()))):
+    """What is remembered of one repository's updates, oldest first; nothing here changes it.
+
+    `counts` is how many have ended with which outcome since the slave began."""
 
     def all(self):
         return [*self.ended, *filter(None, (self.running, self.queued))]
@@ -533,7 +539,10 @@ class Records(namedtuple("Records", "ended running queued", defaults=((), None, 
 
     def start(self, live, now):
         """The queued update runs; `live` is the commit that is live before it."""
-        begun = self.queued._replace(state="running", started=now, commit=live, previous=live)
+        # When something went live last is known however many updates have failed since.
+        lived = self.ended[-1].lived if self.ended else None
+        begun = self.queued._replace(state="running", started=now, commit=live, previous=live,
+                                     lived=lived)
         return self._replace(running=begun, queued=None)
 
     def finish(self, update, changes, now):
@@ -544,9 +553,13 @@ class Records(namedtuple("Records", "ended running queued", defaults=((), None, 
         # What could not even begin ends all the same.
         begun = self if self.running else self.start(record.commit, now)
         done = begun.running._replace(finished=now, **changes)
+        if done.state == "live":
+            done = done._replace(lived=now)
         # Who is bad beneath is told of the newest alone.
         before = [record._replace(beneath_bad=None) for record in self.ended]
-        return begun._replace(ended=(*before, done)[-MAX_ENDED:], running=None)
+        ended = (*before, done)[-MAX_ENDED:]
+        counts = self.counts + Counter([outcome(done)])
+        return begun._replace(ended=ended, running=None, counts=counts)
 
     def tell(self, update):
         """The hook update-ended has run for an update."""
@@ -589,7 +602,7 @@ def is_counts(value):
 
 # What must hold for the fields of a record; all but those of REQUIRED may be None as well.
 RULES = (
-    ("update requested started finished hook first tries", is_number),
+    ("update requested started finished hook first lived tries", is_number),
     ("commit previous pin expect", HASH_RE.fullmatch),
     ("by note", is_note),
     ("repo", is_repo_name),
@@ -1249,6 +1262,61 @@ def add_beneath(changes, beneath):
     return dict(changes, message=": ".join(filter(None, words)), **beneath)
 
 
+# -- views: what is seen from outside; pure ----------------------------------
+
+def measure(now, records):
+    """What Prometheus is told of a repository, each metric by itself, in its text format.
+
+    `now` is the newest record as it looks now. All words are ours, and need no escapes."""
+    last = now if now.finished or not records.ended else records.ended[-1]  # that has ended
+    sums = records.counts  # by outcome
+    beneath = "\n".join(f'server_update_beneath{{repo="{now.repo}",outcome="{name}"}} {count}'
+                        for name, count in (last.beneath or {}).items())
+    return f"""\
+# HELP server_update_updates_total Updates that have ended since the slave began.
+# TYPE server_update_updates_total counter
+server_update_updates_total{{repo="{now.repo}",outcome="live"}} {sums["live"]}
+server_update_updates_total{{repo="{now.repo}",outcome="hook failed"}} {sums["hook failed"]}
+server_update_updates_total{{repo="{now.repo}",outcome="beneath failed"}} {sums["beneath failed"]}
+server_update_updates_total{{repo="{now.repo}",outcome="failed"}} {sums["failed"]}
+
+# HELP server_update_updating Whether an update is queued or runs.
+# TYPE server_update_updating gauge
+server_update_updating{{repo="{now.repo}"}} {int(not now.finished)}
+
+# HELP server_update_last_update_success Whether it ended as live, also beneath.
+# TYPE server_update_last_update_success gauge
+server_update_last_update_success{{repo="{now.repo}"}} {int(outcome(last) == "live")}
+
+# HELP server_update_last_update_timestamp_seconds When the last update ended.
+# TYPE server_update_last_update_timestamp_seconds gauge
+server_update_last_update_timestamp_seconds{{repo="{now.repo}"}} {last.finished or 0}
+
+# HELP server_update_last_live_timestamp_seconds When an update went live last.
+# TYPE server_update_last_live_timestamp_seconds gauge
+server_update_last_live_timestamp_seconds{{repo="{now.repo}"}} {last.lived or 0}
+
+# HELP server_update_live_commit_info The commit that is live.
+# TYPE server_update_live_commit_info gauge
+server_update_live_commit_info{{repo="{now.repo}",commit="{now.commit}"}} 1
+
+# HELP server_update_beneath Slaves beneath, by how the last update ended there.
+# TYPE server_update_beneath gauge
+{beneath}""".split("\n\n")
+
+
+def format_metrics(measured):
+    """All that Prometheus is told, of what measure() says of each repository."""
+    lines = [f"""\
+# HELP server_update_info The version that runs.
+# TYPE server_update_info gauge
+server_update_info{{version="{VERSION}"}} 1"""]
+    for family in zip(*measured):
+        lines += "\n".join(family).splitlines()
+    # What describes a metric comes once, before all samples of it.
+    return "\n".join(dict.fromkeys(lines))
+
+
 # -- guard: who may ask for what ---------------------------------------------
 
 def check_time(when, floor):
@@ -1377,12 +1445,13 @@ class Guard:
         self.nonces.setdefault(right[0], Nonces()).take(nonce, when)
         return when
 
-    def check_address(self, text):
-        networks = self.settings["ALLOW_FROM"]
-        if not networks:
-            return
+    def is_from(self, key, text):
+        """Whether an address is in one of the networks of a setting."""
         address = ipaddress.ip_address(text.partition("%")[0])
-        if not any(address in network for network in networks):
+        return any(address in network for network in self.settings[key] or ())
+
+    def check_address(self, text):
+        if self.settings["ALLOW_FROM"] and not self.is_from("ALLOW_FROM", text):
             raise Refusal(403, "not from this address")
 
     def check_repo(self, repo):
@@ -1748,6 +1817,12 @@ class Updater:
         # Somebody may have put another commit live by hand, or removed the tree.
         return found_live(record, read_live_commit(self.tree(repo)))
 
+    def look_at_all(self):
+        """The newest record of each repository as it looks now."""
+        # A copy, as the journal goes on meanwhile.
+        names = self.journal.unread.union(self.journal.records.copy())
+        return [record for record in map(self.status, sorted(names)) if record]
+
     def history(self, repo):
         """What /status tells of all updates of a repository that are remembered, newest first."""
         return [told(record) for record in reversed(self.journal.recall(repo).all())]
@@ -2020,9 +2095,8 @@ class Connection(http.server.SimpleHTTPRequestHandler):
         self.enter(ANSWERING)
         return bytes(body)
 
-    def send(self, status, value, *headers):
-        """Sends a whole answer: a text, or anything else as JSON."""
-        kind = "text/plain"
+    def send(self, status, value, *headers, kind="text/plain"):
+        """Sends a whole answer: a text of that kind, or anything else as JSON."""
         if not isinstance(value, str):
             kind = "application/json"
             value = json.dumps(value)
@@ -2042,12 +2116,14 @@ class Connection(http.server.SimpleHTTPRequestHandler):
         super().end_headers()
 
 
+VIEWS = ("/status", "/metrics")  # which who may look needs no signature for
 ROUTES = {
     "/": "answer_signal",
     "/get": "answer_signal",
     "/get/": "answer_signal",
     "/hook": "answer_hook",
     "/status": "answer_status",
+    "/metrics": "answer_metrics",
 }
 
 
@@ -2077,6 +2153,8 @@ class Handler(Connection):
             if not read_proofs(self.headers):
                 raise Refusal(401, "proof missing or wrong")
             return
+        if self.route in VIEWS and guard.is_from("VIEW_FROM", self.client_address[0]):
+            return
         signatures = self.headers.get_all("X-Server-Update-Signature", [])
         self.signed_at = guard.check_signature(
             signatures, self.command, self.target, int(time()))
@@ -2087,7 +2165,7 @@ class Handler(Connection):
             raise Refusal(404, "no such path")
         if "repo" in asked:
             self.server.guard.check_repo(asked["repo"])
-        elif self.route != "/status":
+        elif self.route not in VIEWS:
             raise Refusal(400, "no 'repo'")
         getattr(self, ROUTES[self.route])(**asked)
 
@@ -2150,18 +2228,21 @@ class Handler(Connection):
 
     def tell_all(self):
         """What is told of all repositories; in short of those with nothing live, if it is much."""
-        updater = self.server.updater
-        # A copy, as the journal goes on meanwhile.
-        names = updater.journal.unread.union(updater.journal.records.copy())
-        looked = [record for record in map(updater.status, sorted(names)) if record]
         # Who is bad beneath is told of one repository at a time.
-        repos = {record.repo: told(record._replace(beneath_bad=None)) for record in looked}
+        repos = {record.repo: told(record._replace(beneath_bad=None))
+                 for record in self.server.updater.look_at_all()}
         # Strangers may have asked for a thousand names, each with a long note.
         if len(json.dumps(repos)) > MAX_STATUS_BYTES:
             for fields in repos.values():
                 if not fields["commit"]:
                     fields.update(message="", by=None, note=None)
         return {"version": VERSION, "repos": repos}
+
+    def answer_metrics(self, **_):
+        updater = self.server.updater
+        measured = [measure(now, updater.journal.recall(now.repo))
+                    for now in updater.look_at_all() if now.commit]
+        self.send(200, format_metrics(measured), kind="text/plain; version=0.0.4; charset=utf-8")
 
     def answer_front(self):
         """The served file, or where there is none a word about what this is."""

@@ -1,5 +1,6 @@
 """The recipes for monitoring: each is run, with good and bad slaves; promtool judges the rest."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ import pytest
 from product import PYTHON, ROOT
 from slave_support import stand_in
 
+EXAMPLES = ROOT / "docs" / "examples"
 A, B = "a" * 40, "b" * 40
 
 
@@ -26,6 +28,113 @@ def promtool(*command, text=None, cwd=None):
     )
     assert done.returncode == 0, done.stdout
     return done.stdout
+
+
+# -- Prometheus
+
+
+def test_the_scrape_and_the_two_alerts_are_valid():
+    assert "2 rules found" in promtool("check", "config", EXAMPLES / "prometheus.yml")
+    assert "2 rules found" in promtool("check", "rules", EXAMPLES / "prometheus-rules.yml")
+
+
+def series(name, labels, values):
+    return {"series": "%s{%s}" % (name, labels), "values": values}
+
+
+def alerts(name, *labels, at="20m", values=()):
+    """What must be firing at that time: for each its labels."""
+    found = []
+    for label in labels:
+        found.append({"exp_labels": dict(label), "exp_annotations": label.annotations})
+    return {"alertname": name, "eval_time": at, "exp_alerts": found}
+
+
+class Fires(dict):
+    """The labels of an alert that fires, and what its annotations say."""
+
+    def __init__(self, annotations, **labels):
+        super().__init__(**labels)
+        self.annotations = annotations
+
+
+def not_good(instance, repo="hanuman"):
+    words = {
+        "summary": "%s is not good on %s" % (repo, instance),
+        "description": "http://%s/status says why" % instance,
+    }
+    return Fires(words, instance=instance, repo=repo, job="su", severity="critical")
+
+
+def run_rules(tmp_path, inputs, *expected, queries=()):
+    shutil.copy(str(EXAMPLES / "prometheus-rules.yml"), str(tmp_path / "rules.yml"))
+    test = {
+        "interval": "1m",
+        "input_series": inputs,
+        "alert_rule_test": list(expected),
+        "promql_expr_test": list(queries),
+    }
+    path = tmp_path / "test.yml"
+    # JSON is YAML.
+    path.write_text(json.dumps({"rule_files": ["rules.yml"], "tests": [test]}))
+    promtool("test", "rules", path, cwd=tmp_path)
+
+
+def test_what_fires_and_what_does_not(tmp_path):
+    def of(instance, success, commit=A, up="1x30"):
+        who = 'job="su",instance="%s"' % instance
+        return [
+            series("up", who, up),
+            series("server_update_last_update_success", who + ',repo="hanuman"', success),
+            series(
+                "server_update_live_commit_info",
+                '%s,repo="hanuman",commit="%s"' % (who, commit),
+                "1x30",
+            ),
+        ]
+
+    inputs = [
+        *of("good", "1x30"),
+        *of("bad", "1x5 0x25"),
+        *of("short", "1x18 0 1x10"),  # one update that ran for a minute
+        *of("gone", "1x5 stale"),
+        *of("down", "1x5 stale", up="1x5 0x25"),  # another alert's business
+        *of("mended", "0x5 1x25"),
+    ]
+    run_rules(
+        tmp_path,
+        inputs,
+        alerts("ServerUpdateNotGood", not_good("bad"), not_good("gone")),
+        alerts("ServerUpdateNotGood", not_good("mended"), at="4m"),
+        alerts("ServerUpdateCommitsDiffer"),
+    )
+
+
+def test_commits_that_differ_and_the_query_for_them(tmp_path):
+    text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    (query,) = re.findall("(?s)```promql\n(.*?)\n```", text)
+    labels = 'instance="%s",repo="x",commit="%s"'
+    inputs = [
+        series("server_update_live_commit_info", labels % pair, "1x30")
+        for pair in (("web1", A), ("web2", A), ("web3", B))
+    ]
+    words = {"summary": "x is live at 2 commits"}
+    run_rules(
+        tmp_path,
+        inputs,
+        alerts("ServerUpdateCommitsDiffer", at="14m"),
+        alerts("ServerUpdateCommitsDiffer", Fires(words, repo="x", severity="warning")),
+        queries=[
+            {
+                "expr": query,
+                "eval_time": "5m",
+                "exp_samples": [
+                    {"labels": '{repo="x",commit="%s"}' % A, "value": 2},
+                    {"labels": '{repo="x",commit="%s"}' % B, "value": 1},
+                ],
+            }
+        ],
+    )
 
 
 # -- on the master

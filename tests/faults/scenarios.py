@@ -406,6 +406,20 @@ def a_failed_update_is_no_success(place):
     assert status == 1, output
 
 
+def a_failed_update_is_none_seen_from_outside(place):
+    """One update is live, the next one fails: the metrics don't call that good."""
+    slave = place.slave()
+    shorten_pauses(slave.bin)
+    assert slave.wait_update("site")["state"] == "live"
+    success = 'server_update_last_update_success{repo="site"} %d\n'
+    assert success % 1 in slave.get("/metrics")[2].decode()
+    place.http.fault = "503"
+    assert slave.wait_update("site")["state"] == "failed"
+    metrics = slave.get("/metrics")[2].decode()
+    assert success % 0 in metrics, metrics
+    assert 'updates_total{repo="site",outcome="failed"} 1\n' in metrics, metrics
+
+
 def different_commits_are_no_success(place):
     """Two slaves whose upstreams differ: both live, exit 1."""
     behind = place.folder / "behind"
@@ -586,4 +600,5 @@ SCENARIOS = [
     a_replaced_update_is_no_success, a_restart_between_signal_and_outcome_is_seen_through,
     a_push_reaches_the_slaves_beneath, a_dead_slave_beneath_is_told,
     a_push_survives_a_kill_of_the_relay, a_push_without_its_key_starts_nothing,
+    a_failed_update_is_none_seen_from_outside,
 ]

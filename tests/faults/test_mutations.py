@@ -165,6 +165,10 @@ def broken(*_):
 def broken(secret, repo, ref):
     return original(secret, "another", None)
 """, scenarios.a_push_without_its_key_starts_nothing),
+    Mutation("seen from outside all is live", "slave.py", "outcome", """
+def broken(record):
+    return "live"
+""", scenarios.a_failed_update_is_none_seen_from_outside),
     Mutation("the commit is not the slave's word", "server-update", "read_commit", """
 def broken(body, name):
     return original(body, "previous")
