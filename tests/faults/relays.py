@@ -11,11 +11,12 @@ import json
 import random
 import signal
 import time
+from collections import Counter
 
 from checker import Violation, check_slave, check_tree, wait_for_calm
 from fleet import REPO, FleetSlave, History
 from forge_support import encode, github, github_headers, make_key
-from processes import kill, processes_below
+from processes import kill, processes_below, wait_until
 from proxy import ProxyLoop
 from rounds import mend_everything, run_events
 from schedule import FAULTS, Event
@@ -103,8 +104,16 @@ RELAY_FAULTS = dict({kind: FAULTS[kind] for kind in KINDS},
                     **{fault.__name__: fault for fault in OWN_FAULTS})
 
 
+# Notes what is live after each update that has ended.
+UPDATE_ENDED = """#!/bin/sh
+echo "$4" >>'%s'
+"""
+
+
 class SignedSlave(FleetSlave):
     """A slave with a secret, which whoever asks it knows."""
+
+    killed_children = 0  # single ones, in all rounds so far
 
     def get(self, path, headers=None, method="GET", timeout=40):
         """One signed request, not by way of the proxy: (status, headers, body as bytes)."""
@@ -137,7 +146,11 @@ class RelayFleet:
             slavelist = self.folder / (name + ".txt")
             slavelist.write_text("".join(slave.proxy.entry + "\n" for slave in beneath))
             settings.update(SLAVELIST=slavelist, RELAY_OPTIONS=options)
-        return SignedSlave(self.folder / name, self.http.url, self.loop, settings=settings)
+        slave = SignedSlave(self.folder / name, self.http.url, self.loop, settings=settings)
+        hook = slave.hooks / "update-ended"
+        hook.write_text(UPDATE_ENDED % (slave.folder / "told"))
+        hook.chmod(0o755)
+        return slave
 
     def close(self):
         for slave in self.slaves:
@@ -197,6 +210,24 @@ def check_told(fleet):
                     slave.folder.name, record["commit"], record)
 
 
+def check_ended(slave):
+    """The hook update-ended has run for each update that has ended, at least once.
+
+    (One that kill_a_child has met before it could note anything has run, too.)
+    """
+    updates = slave.json("/status?repo=%s&history=1" % REPO)["updates"]
+    ended = Counter(record["commit"] or "-" for record in updates)
+
+    def is_told():
+        told = Counter((slave.folder / "told").read_text().split())
+        return sum((ended - told).values()) <= slave.killed_children
+
+    try:
+        wait_until(is_told, what="update-ended of all of %s" % ended)
+    except AssertionError as error:
+        yield str(error)
+
+
 def check_all_good(fleet):
     """One more push, and nothing is left of the faults."""
     commit = fleet.history.push()
@@ -220,6 +251,9 @@ def run_relay_round(fleet, seed):
     ended_before = fleet.ended_runs
     run_events(fleet, plan, RELAY_FAULTS)
     mend_everything(fleet)
+    for event in plan:
+        if event.kind == "kill_a_child":
+            fleet.slaves[event.slave].killed_children += 1
     # From above, as those above ask those beneath.
     for slave in reversed(fleet.slaves):
         wait_for_calm(slave)
@@ -227,6 +261,7 @@ def run_relay_round(fleet, seed):
     problems += check_told(fleet)
     for slave in fleet.slaves:
         problems += check_slave(fleet, slave, since, excused=True)
+        problems += ["%s: %s" % (slave.folder.name, problem) for problem in check_ended(slave)]
     problems += check_all_good(fleet)
     if problems:
         raise Violation("seed %s: %s\n%s" % (
