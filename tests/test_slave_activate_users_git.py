@@ -55,6 +55,20 @@ def test_a_url_by_includeif_and_by_the_remotes_name(activate, upstream, repo, ow
     assert activate.good("r")[0] == repo.head()
 
 
+def test_another_name_for_the_remote(activate, repo, own_home):
+    """clone.defaultRemoteName: what upstream has is found all the same."""
+    (own_home / ".gitconfig").write_text("[clone]\n\tdefaultRemoteName = upstream\n")
+    activate.good("r")
+    first, second = repo.head(), repo.commit({"f": "2"})
+    assert activate.good("--commit", second, "r") == (second, first)
+    third = repo.commit({"f": "3"})
+    assert activate.good("r", third) == (third, second)
+    activate.settings["GIT_FROM"] = "127.0.0.1"
+    assert activate("r").status == 0
+    mirror = git(activate.state / "r.git", "for-each-ref", "--format=%(objectname) %(refname)")
+    assert mirror == third + " refs/heads/main"
+
+
 @pytest.mark.parametrize("shell", SHELLS)
 @pytest.mark.parametrize("name", ["my ssh", "it's ssh", 'a "b" $c'])
 def test_git_ssh_with_a_space_in_its_path(activate, tmp_path, shell, name):
