@@ -5,7 +5,7 @@ import shutil
 import subprocess
 
 import pytest
-from product import SHELLS, SOURCES, VERSION, copy_scripts, load
+from product import ISOLATED, SHELLS, SOURCES, VERSION, copy_scripts, load
 from slave_support import SECRET, make_secret, runs, signature, stand_in, start_by_hand
 
 NOBODY = 65534
@@ -142,6 +142,45 @@ def test_slave_activate_wants_it_to_be_roots_too(by_hand, own_home, spoil, shell
     assert (done.returncode, done.stderr) == (
         2, "slave-activate: %s\n" % COMPLAINT.format(by_hand.etc))
     assert not (own_home / "repos").exists()
+
+
+# -- server-update
+
+
+@pytest.fixture
+def master(tmp_path):
+    """master(...) runs a server-update that is PREFIX/bin/server-update; its list is .etc's."""
+    prefix = tmp_path / "prefix"
+    script = copy_scripts(SOURCES, prefix / "bin", "server-update") / "server-update"
+    etc = make_etc(prefix)
+    (etc / "slavelist.txt").write_text("web1\nweb2\n")
+
+    def run(*args):
+        return subprocess.run(
+            [*ISOLATED, str(script), *args],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+    run.etc = etc
+    return run
+
+
+def test_server_update_has_that_of_its_prefix_too(master):
+    done = master("--dry-run", "hanuman")
+    assert (done.returncode, done.stdout.split()) == (0, ["web1", "web2"]), done
+    # what can't be looked at is not absent
+    (master.etc / "master-key").symlink_to("nowhere")
+    done = master("--slave-key", "web1")
+    assert (done.returncode, done.stderr) == (
+        2, "server-update: %s/master-key: No such file or directory\n" % master.etc)
+
+
+@pytest.mark.parametrize("spoil", SPOILT)
+def test_server_update_wants_it_to_be_roots_too(master, spoil):
+    make_secret(master.etc / "master-key", SECRET)
+    spoil(master.etc)
+    for args in (["--dry-run", "hanuman"], ["--slave-key", "web1"]):
+        done = master(*args)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr == "server-update: %s\n" % COMPLAINT.format(master.etc)
 
 
 # -- one repository

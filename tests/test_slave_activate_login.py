@@ -9,7 +9,7 @@ from urllib.parse import quote
 import pytest
 from activate_support import Activate, git
 from processes import ProcessList
-from product import SHELLS, need
+from product import SHELLS, daily, need
 from upstream import run_git
 
 # Others may run the same test on this machine meanwhile.
@@ -112,18 +112,18 @@ def test_no_program_has_it_in_its_arguments(activate, tmp_path):
     assert '"fill"' in log.read_text()
 
 
-@pytest.mark.parametrize(
-    "fault, words",
-    [
-        (None, "Authentication failed for "),
-        ("401", "Authentication failed for "),
-        ("403", "error: 403; give "),
-        ("404", "not found; see BASE_URL"),
-        ("503", "error: 503; upstream is in trouble"),
-        ("cut:10", ""),
-        ("hang", "TIMEOUT (3 s) is over; upstream is slow"),
-    ],
-)
+FAULTS = [
+    (None, "Authentication failed for "),
+    ("403", "error: 403; give "),
+    ("hang", "TIMEOUT (3 s) is over; upstream is slow"),
+    ("401", "Authentication failed for "),
+    ("404", "not found; see BASE_URL"),
+    ("503", "error: 503; upstream is in trouble"),
+    ("cut:10", ""),
+]
+
+
+@pytest.mark.parametrize("fault, words", daily(3, FAULTS))
 def test_a_failure_says_what_it_said_and_tells_nothing(
     activate, http_upstream, processes, fault, words
 ):
@@ -140,7 +140,7 @@ def test_a_failure_says_what_it_said_and_tells_nothing(
 
 
 @pytest.mark.parametrize("user, password", [("t0ken", ""), ("a b", "~é:x")])
-@pytest.mark.parametrize("form", ["%s", "%s/{repo}.git"])
+@pytest.mark.parametrize("form", daily(1, ["%s/{repo}.git", "%s"]))
 def test_other_logins(activate, repo, http_upstream, user, password, form):
     http_upstream.login = "%s:%s" % (user, password)
     in_url = "//%s:%s@" % (quote(user), quote(password))
