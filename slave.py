@@ -84,7 +84,8 @@ OUTCOME_PATTERN = "%s (?:([0-9a-f]{40,64})|-) (?:([0-9a-f]{40,64})|-)"  # on std
 
 # Slaves beneath
 NOT_FOR_RELAYS_RE = re.compile(
-    "--(no-wait|status|history|dry-run|list|limit|json|ref|commit)(=.*)?")
+    "--(no-wait|status|history|dry-run|list|limit|json|ref|commit|slave-key|version|help)(=.*)?"
+    "|-[qv]*h.*")
 LIST_TIMEOUT_S = 30  # to read a list of a million
 MAX_BAD = 100  # slaves that are told by name
 MAX_BAD_BYTES = 16384  # of them, as JSON

@@ -591,6 +591,12 @@ def test_what_is_wrong_is_told_at_the_start(start_relay, tmp_path):
         (["--slavelist", "list"], "bad SLAVELIST 'list' (set by --slavelist)"),
         (["--slavelist", relay.slavelist, "--relay-options=--bacth 3"], "--bacth"),
         (["--slavelist", relay.slavelist, "--relay-options=--batch 'x"], "bad RELAY_OPTIONS"),
+        (["--relay-options=--help"], "bad RELAY_OPTIONS '--help' (set by --relay-options)"),
+        (["--relay-options=-qh"], "bad RELAY_OPTIONS '-qh' (set by --relay-options)"),
+        (
+            ["--relay-options=--slave-key web1"],
+            "bad RELAY_OPTIONS '--slave-key web1' (set by --relay-options)",
+        ),
         (["--relay-options=--no-wait"], "bad RELAY_OPTIONS '--no-wait' (set by --relay-options)"),
         (["--relay-options=--batch 1 --list=/x"], "bad RELAY_OPTIONS"),
     ):
