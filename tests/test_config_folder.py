@@ -65,7 +65,7 @@ def test_settings_secret_and_hooks_of_a_prefix(slave, upstream):
 
 
 def test_a_link_to_a_script_has_the_folder_of_the_script(slave, tmp_path):
-    slave.env["SERVER_UPDATE_BASE_URL"] = "/nowhere"
+    slave.env["SERVER_UPDATE_BASE_URL"] = str(tmp_path / "nothing")
     link = tmp_path / "linked.py"
     link.symlink_to(slave.bin / "slave.py")
     slave.command[-1] = str(link)
@@ -130,7 +130,8 @@ def test_slave_activate_has_that_of_its_prefix_too(by_hand, tmp_path, own_home, 
     (tmp_path / "linked").symlink_to(tmp_path / "prefix" / "bin" / "slave-activate")
     assert by_hand(tmp_path / "linked", shell=shell).returncode == 0
     elsewhere = copy_scripts(SOURCES, tmp_path / "elsewhere", "slave-activate")
-    done = by_hand(elsewhere / "slave-activate", shell=shell, SERVER_UPDATE_BASE_URL="/nowhere")
+    env = {"SERVER_UPDATE_BASE_URL": str(tmp_path / "nothing")}
+    done = by_hand(elsewhere / "slave-activate", shell=shell, **env)
     assert done.returncode == 1, "it is in no bin: the folder is that of the machine"
 
 

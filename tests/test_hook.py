@@ -516,14 +516,16 @@ def test_the_key_is_printed_for_a_forge(hooked, run_script, tmp_path):
     (["--hook-key", "x", "a..b"], "bad name 'x' or ref 'a..b'"),
     (["--hook-key", "x", "y", "z"], None),
     (["--hook-key"], None),
-    (["--secret-file", "/nowhere", "--hook-key", "x"], "can't use '/nowhere': No such file"),
+    (["--secret-file", "NOTHING", "--hook-key", "x"], "can't use 'NOTHING': No such file"),
 ])
 def test_what_no_key_can_be_made_of_is_exit_2(run_script, tmp_path, args, complaint):
     secret = make_secret(tmp_path / "secret", SECRET)
+    nothing = str(tmp_path / "nothing")
+    args = [one.replace("NOTHING", nothing) for one in args]
     done = run_script("slave.py", "--secret-file", secret, *args)
     assert (done.returncode, done.stdout) == (2, "")
     if complaint:
-        assert done.stderr.startswith("slave.py: " + complaint)
+        assert done.stderr.startswith("slave.py: " + complaint.replace("NOTHING", nothing))
         assert done.stderr.count("\n") == 1
 
 

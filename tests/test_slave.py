@@ -16,9 +16,9 @@ import pytest
 from processes import processes_below, rss_kib, wait_until
 from product import ISOLATED, VERSION
 from slave_support import (
-    THREADS,
     ONE,
     SOON_ENDED,
+    THREADS,
     forget_bin,
     kill_hard,
     record_file,

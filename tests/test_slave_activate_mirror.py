@@ -306,7 +306,8 @@ def add_what_is_none_of_ours(mirror):
     (mirror.path / "refs" / "heads").mkdir()
     (mirror.path / "refs" / "heads" / "main").write_text("1" * 40 + "\n")
     (mirror.path / "objects" / "info").mkdir()
-    (mirror.path / "objects" / "info" / "alternates").write_text("/nowhere\n")
+    alternates = mirror.path / "objects" / "info" / "alternates"
+    alternates.write_text("%s\n" % (mirror.path / "nothing"))
     (mirror.packs / "multi-pack-index").write_text("x")
     (mirror.packs / "pack-x.pack.new").write_text("x")
     (mirror.packs / "pack-1234.idx").write_text("x")

@@ -421,7 +421,7 @@ def test_a_service_manager_hears_once_it_serves(start_slave, tmp_path, is_abstra
         slave.wait_update()
         assert runs(slave) == ["none"]
         assert slave.stop() == 0
-        slave.args = ["--tls-key", "/nowhere"]
+        slave.args = ["--tls-key", str(tmp_path / "nothing")]
         slave.start(wait=False)
         assert slave.process.wait(60) == 2
         manager.settimeout(0)

@@ -22,7 +22,9 @@ class Update:
     def __init__(self, folder, entries, *options, repo="hanuman", env=None, **kwargs):
         self.entries = [getattr(entry, "url", entry) for entry in entries]
         self.is_json = "--json" in options
-        script = copy_scripts(SOURCES, folder / "alone" / "server-update", "server-update")
+        script = copy_scripts(SOURCES, folder / "alone" / "bin", "server-update")
+        # Lists and keys of this machine are none of its.
+        (folder / "alone" / "etc" / "server-update").mkdir(parents=True, exist_ok=True)
         slavelist = folder / "slavelist.txt"
         slavelist.write_text("".join(entry + "\n" for entry in self.entries))
         command = [*ISOLATED, str(script / "server-update"), "--list", str(slavelist)]
