@@ -10,7 +10,7 @@ import pytest
 from activate_support import assert_fresh, git
 
 # An update takes some 0.1 s; ACTIVATE_UPDATES=1000 runs the whole promise (docs/promises.md).
-UPDATES = int(os.environ.get("ACTIVATE_UPDATES") or 40)
+UPDATES = int(os.environ.get("ACTIVATE_UPDATES") or 30)
 MAX_PACKS = 25
 SMALL_UPDATE_BYTES = 100 * 1024
 
