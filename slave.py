@@ -2466,9 +2466,10 @@ def serve_until_stopped(server):
 
 def open_standard_files():
     """Opens those that are closed, lest a connection become what the log is written to."""
-    # The first number that is free is taken; one beyond them stays open as well.
-    while os.open(os.devnull, os.O_RDWR) <= 2:
-        pass
+    number = os.open(os.devnull, os.O_RDWR)  # the first that is free
+    while number <= 2:
+        number = os.open(os.devnull, os.O_RDWR)
+    os.close(number)
 
 
 def serve_or_say(options):
