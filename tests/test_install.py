@@ -501,7 +501,7 @@ PASSWORD = "s3cr3t"
 WITH_PASSWORD = "https://u:%s@127.0.0.1/x" % PASSWORD
 
 
-@pytest.mark.parametrize("form", ["option", "environment"])
+@pytest.mark.parametrize("form", daily(1, ["option", "environment"]))
 def test_a_slave_conf_with_a_password_is_not_for_others_to_read(installer, form):
     if form == "option":
         out = installer.check("slave", "--base-url", WITH_PASSWORD)
