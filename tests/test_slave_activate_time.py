@@ -10,7 +10,7 @@ import sys
 import pytest
 from activate_support import finish, snapshot
 from processes import wait_until
-from product import SHELLS
+from product import PYTHON, SHELLS
 
 PR_SET_CHILD_SUBREAPER = 36
 
@@ -222,6 +222,55 @@ def has_open(pid, path):
         return os.readlink("/proc/%d/fd/6" % pid) == str(path)
     except OSError:
         return False
+
+
+# Process 1 of a namespace: as a hook waits, it has a process begin at each number that is free, so
+# also at those of what the update has ended meanwhile; it fails where one of them is ended.
+STRANGERS = '''
+import os, subprocess, sys, time
+script, reached, go, shell = sys.argv[1:]
+
+def is_shell(pid):
+    """Whether it is a shell of the update; in the end there are the first one and its watcher."""
+    try:
+        with open("/proc/%d/cmdline" % pid, "rb") as handle:
+            return os.fsencode(script) in handle.read().split(bytes(1))
+    except OSError:
+        return False
+
+def numbers():
+    """Of all processes but this one, which is 1."""
+    return [int(name) for name in os.listdir("/proc") if name.isdigit() and name != "1"]
+
+update = subprocess.Popen([*shell.split(), script, "r"])
+while not os.path.exists(reached) or sum(map(is_shell, numbers())) > 2:
+    time.sleep(0.01)  # its flushers have not ended yet
+strangers = []
+for number in set(range(2, max(numbers()))).difference(numbers()):
+    with open("/proc/sys/kernel/ns_last_pid", "w") as handle:
+        handle.write(str(number - 1))
+    strangers.append(subprocess.Popen(["sleep", "600"]))
+open(go, "w").close()
+status = update.wait()
+ended = [stranger.pid for stranger in strangers if stranger.poll() is not None]
+sys.exit("exit status %d, ended: %r" % (status, ended) if status or ended else 0)
+'''
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_who_has_the_number_of_what_has_ended_is_not_ended(activate, repo, tmp_path, shell):
+    if os.getuid() or subprocess.call(["unshare", "-p", "-m", "--fork", "true"]):
+        pytest.skip("a process namespace needs root and unshare (util-linux)")
+    activate.settings["TIMEOUT"] = "90"
+    activate.good("r")
+    repo.commit({"a": "1"})
+    reached, go = tmp_path / "reached", tmp_path / "go"
+    wait = ': >"%s"\nuntil [ -e "%s" ]; do sleep 0.05; done\n' % (reached, go)
+    activate.hook("post-update", wait)
+    command = ["unshare", "-p", "-m", "--fork", "--mount-proc", PYTHON, "-c", STRANGERS]
+    command += [str(activate.script), str(reached), str(go), shell]
+    done = subprocess.run(command, env=activate.environment(), stderr=subprocess.PIPE, timeout=100)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_a_file_of_the_same_name_elsewhere_has_nobody_killed(activate, tmp_path):
