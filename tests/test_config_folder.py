@@ -208,7 +208,7 @@ def test_a_setting_of_one_repository(start_slave, tmp_path):
     slave.wait_update("site.b")
     (other / "pre-update").unlink()
     assert slave.get("/?repo=site.b")[0] == 503, "the hook of this one is gone"
-    assert slave.get("/?repo=site")[0] == 202
+    slave.wait_update("site")
     slave.stop()
     slave.env.update(SERVER_UPDATE_BASE_URL="/environment")
     slave.args = ["--timeout", "9"]
