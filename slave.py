@@ -66,8 +66,9 @@ MAX_WITHOUT_TREE = 1000  # repositories that are remembered although nothing is 
 INTERRUPTED = "interrupted three times by the slave's own end; signal again for another try"
 MAX_TRIES = 3  # of one update that a kill of the slave cuts off; a clean stop is none
 BACKSTOP_S = 10  # beyond TIMEOUT, by which slave-activate itself should have ended
-# A stop takes up to the sum of the next four, which a service manager must have patience for.
-KILL_AFTER_S = 10  # from TERM to KILL
+# A stop takes up to the sum of the next four and a second, which a service manager must have
+# patience for.
+KILL_AFTER_S = 10  # from TERM to KILL of a run; above slave-activate's GRACE_S
 GIVE_UP_AFTER_S = 1  # from KILL to the insight that it can't be killed
 GIT_TIMEOUT_S = 2  # to say what is live
 LEFTOVER_S = 0.5  # for what a run that has ended left in its process group
@@ -77,6 +78,7 @@ MAX_MESSAGE_CHARS = 300
 MAX_PRINTED_BYTES = 32768  # of a line that a program prints
 # What tells most comes first.
 OUTPUT_KINDS = ("slave-activate: ", "server-update: ", "fatal: ", "error: ", "")
+# As slave-activate's run_hook, run_post_update and clean_up say it.
 HOOK_RE = re.compile(r"live, but post-update hook failed \(([0-9]{1,3})\)")
 # What is worth a word although all went well: of the old tree, of a push
 WORTH_RE = re.compile("can(not|'t) remove |[0-9a-f]{7} is not there yet")
@@ -87,8 +89,8 @@ NOT_FOR_RELAYS_RE = re.compile(
     "--(no-wait|status|history|dry-run|list|limit|json|ref|commit|slave-key|version|help)(=.*)?"
     "|-[qv]*h.*")
 LIST_TIMEOUT_S = 30  # to read a list of a million
-MAX_BAD = 100  # slaves that are told by name
-MAX_BAD_BYTES = 16384  # of them, as JSON
+MAX_BAD = 100  # that are not good and told by name; server-update's MAX_BENEATH
+MAX_BAD_BYTES = 16384  # of them, as JSON: mostly the bound that counts
 MAX_NAMES = 10  # of them, for update-ended
 UPDATE_ENDED_TIMEOUT_S = 60
 
@@ -96,8 +98,8 @@ UPDATE_ENDED_TIMEOUT_S = 60
 USER_RE = re.compile(r"(?<=://)(?:[^/]*|[^\s']*)@")
 
 # Connections
-HEADER_TIMEOUT_S = 10  # for a TLS handshake and a whole request header
-SEND_TIMEOUT_S = 30  # for a peer to take anything
+HEADER_TIMEOUT_S = 10  # for a TLS handshake and a whole header: see Server.service_actions
+SEND_TIMEOUT_S = 30  # for a peer to take anything, or to send anything
 CLOSE_TIMEOUT_S = 1  # for a peer to see the end of an answer
 LAST_ANSWERS_S = 0.3  # at the end, for those who still wait
 PEER_S = 1  # how often is looked whether who follows an update is still there
@@ -403,7 +405,8 @@ SETTINGS = {key: Setting(default, PARSERS[kind], text)
             for key, kind, text, default in re.findall(SETTING_PATTERN, SETTINGS_TABLE)}
 
 
-# What KEY.NAME may set for the repository NAME alone; what slave-activate is told.
+# What KEY.NAME may set for the repository NAME alone; what slave-activate is told. The latter need
+# a default: None would be told as that word.
 OWN_SETTINGS = ("BASE_URL", "HOOKS_DIR", "SUBMODULES", "TIMEOUT")
 ACTIVATE_SETTINGS = ("REPOS_DIR", *OWN_SETTINGS)
 
@@ -477,7 +480,7 @@ def read_settings(environ, options, folder=CONFIG_FOLDER):
 # -- records: what is remembered of updates; pure ---------------------------
 
 # One update. /status tells the fields of TOLD; times are seconds since 1970; `first` is the oldest
-# update that this one has taken the place of; `tries` are those that a kill of the slave cut off;
+# update in whose place this one is, or itself; `tries` are those that a kill of the slave cut off;
 # `untold` is the path of the hook update-ended until that has run; `lived` is when an update went
 # live last, this one or one before it.
 Record = namedtuple("Record", "repo update ref state requested started finished commit previous "
@@ -687,9 +690,9 @@ def lock_folder(path, flags=os.O_RDONLY):
 
 
 def write_synced(path, content):
-    """Puts a file in its place, whole or not at all: a loss of power after this takes nothing.
+    """Puts a file in its place, whole or not at all: a loss of power leaves the old one or this.
 
-    (Of a new one once its folder is synced, too.)"""
+    This one for certain once its folder is synced, too."""
     beside = f"{dirname(path)}/record.tmp"
     with open(beside, "wb") as handle:
         handle.write(content)
@@ -704,7 +707,8 @@ Change = namedtuple("Change", "repo method args answer")
 
 
 class Journal:
-    """The records of all repositories, {repo: Records}; one thread alone changes and writes them.
+    """The records of all repositories, {repo: Records}; one thread alone changes and writes them,
+    but for load().
 
     What comes while it writes is written in one go afterwards: each file once, the folder once."""
 
@@ -713,12 +717,12 @@ class Journal:
         self.folder = folder
         self.records = {}
         self.unread = set()  # repositories whose record is there, but can't be read now
-        self.unsaved = set()  # those whose record is not on disk as it is in memory
+        self.unsaved = set()  # whose last change could not be written; the next one writes it, too
         self.changes = SimpleQueue()
         self.changed = Condition()  # told after each change
         self.fds = []  # that hold the locks; the last one is the state folder
         self.take()
-        self.floor = Floor(f"{folder}/signed")
+        self.floor = Floor(f"{folder}/signed")  # see guard
         # A disk that is full or read-only is told now, not at the first signal.
         write_synced(self.path("test"), b"")
         os.unlink(self.path("test"))
@@ -771,7 +775,10 @@ class Journal:
         self.unread.discard(repo)
 
     def commit(self, repo, method, *args):
-        """Applies a method of Records; what it returns, once that is on disk, else OSError."""
+        """Applies a method of Records; what it returns, once that is on disk.
+
+        Where it can't be: OSError for accept; all else holds in memory, and is written with the
+        next change."""
         if repo in self.unread:
             raise OSError("its record can't be read")
         answer = SimpleQueue()
@@ -801,7 +808,7 @@ class Journal:
                     self.changed.notify_all()
 
     def write(self, batch):
-        """Makes a batch of changes, on disk first; if that fails, the forced ones in memory.
+        """Makes a batch of changes, on disk first; if that fails, all but new signals in memory.
 
         Returns the outcome of each."""
         after, outcomes = self.make(batch)
@@ -811,6 +818,7 @@ class Journal:
                 log(f"{self.folder} is gone, and is made anew")
                 self.take()
                 self.unsaved.update(self.records)
+            # First: of a record that is on disk the signal may not be taken again.
             self.floor.save()
             # With those that could not be written before, as they may be written now.
             for repo in self.unsaved:
@@ -1076,7 +1084,8 @@ def judge(repo, status, stdout, words, late_after_s=None):
         # Of an update that went well only what it left behind is worth a word.
         message = ""
     message = escape(USER_RE.sub("", message))[:MAX_MESSAGE_CHARS]
-    # What had gone live before the time was up is live; 3 is a post-update hook that failed.
+    # What had gone live before the time was up is live; 3 is a post-update hook that failed,
+    # or the mirror, which counts as one.
     if not live or not (late_after_s or status in (0, 3)):
         return failed(message)
     commit, previous = live.groups()
@@ -1085,7 +1094,7 @@ def judge(repo, status, stdout, words, late_after_s=None):
 
 
 def judge_hook(status, words):
-    """The exit status of a post-update hook that failed, or None: it did not, or there is none."""
+    """The exit status of a post-update hook that failed, 1 for the mirror; None: all is well."""
     if status == 0:
         return None
     # slave-activate says it, unless it was ended together with the hook.
@@ -1372,7 +1381,7 @@ class Nonces:
     def __init__(self):
         self.lock = Lock()
         self.taken = {}  # {nonce: when it was signed}
-        self.floor = 0  # those that were signed by then are forgotten
+        self.floor = 0  # those signed by then are forgotten; for a start there is Floor
 
     def take(self, nonce, when):
         """Refusal where it was taken before, or may have been."""
@@ -1573,12 +1582,16 @@ class Relay:
 class Updater:
     """Takes signals and runs the updates that they ask for: one of a repository at a time."""
 
-    def __init__(self, settings, command):
-        """What was queued or running when the slave ended is queued again; OSError: can't."""
+    def __init__(self, settings, command, guard):
+        """What was queued or running when the slave ended is queued again; OSError: can't.
+
+        ValueError where a secret is missing."""
         self.settings = settings
         self.hooks = Hooks(settings)
         self.command = command  # slave-activate's path
         self.journal = Journal(f"{settings['REPOS_DIR']}/.server-update")
+        check_secret(guard, self.journal.floor)  # before the journal has anything to write
+        self.journal.sync()
         # Each change of these is one step, so that only run_next(), which makes two, needs a lock.
         self.waiting = {}  # {repo: True}, who has waited longest first
         self.running = {}  # {repo: whether it takes a place}
@@ -2422,8 +2435,7 @@ def serve(options):
     # glibc loads now what threads end with: later, without memory, it aborts (bpo-44434).
     start_thread(time)
     # What was queued starts once it listens.
-    updater = Updater(settings, command)
-    check_secret(guard, updater.journal.floor)
+    updater = Updater(settings, command, guard)
     server = Server(updater, guard, served_file)
     log(f"slave.py {VERSION}, settings and keys in {folder}")
     if not guard.secrets:
