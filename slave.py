@@ -730,8 +730,11 @@ class Journal:
             repo, _, kind = name.rpartition(".")
             if kind == "json":
                 self.load(repo)
-        # It certainly runs from here on: without it no signal would ever get an answer.
         start_thread(self.write_changes)
+        # A thread whose first steps find no memory ends, and without this one no signal would ever
+        # get an answer: it has answered once, to what changes nothing, before all else.
+        with suppress(TypeError):
+            self.commit("", None)
 
     def take(self):
         """Makes the state folder, where it is gone, and takes it for this process alone.
@@ -1599,7 +1602,7 @@ class Updater:
         # Runs update-ended, one at a time. Its thread is there from now on, and the end of Python
         # waits for it.
         self.teller = ThreadPoolExecutor(1)
-        self.teller.submit(time)
+        self.teller.submit(time).result()
         self.relay = None
         if settings["SLAVELIST"]:
             self.relay = Relay(settings, self.journal.folder)

@@ -4,6 +4,8 @@ import json
 import random
 import re
 import subprocess
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -568,3 +570,24 @@ def test_allow_repos(tmp_path):
     for repo in ("hanuman2", "Web-1", "c"):
         with pytest.raises(slave.Refusal):
             one.check_repo(repo)
+
+
+# -- the journal
+
+
+def test_what_writes_records_runs_before_anything_is_served(tmp_path, monkeypatch):
+    """A thread whose first steps find no memory ends, so it has to have made them by then."""
+    steps = []
+
+    def start_late(function, *args):
+        def run():
+            time.sleep(0.3)  # as on a busy machine
+            steps.append("it runs")
+            function(*args)
+
+        threading.Thread(target=run, daemon=True).start()
+
+    monkeypatch.setattr(slave, "start_thread", start_late)
+    journal = slave.Journal(str(tmp_path / "repos/.server-update"))
+    assert steps == ["it runs"]
+    assert (journal.records, journal.unsaved) == ({}, set())
