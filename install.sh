@@ -99,10 +99,6 @@ check_value() { # OPTION [VALUE] ...
   fi
 }
 
-print_version() {
-  say "install.sh $VERSION"
-}
-
 parse_args() {
   while [ $# -gt 0 ]; do
     # --port=80 is --port 80
@@ -123,7 +119,7 @@ parse_args() {
         exit 0
         ;;
       --version)
-        print_version
+        say "install.sh $VERSION"
         exit 0
         ;;
       --prefix | --user | --repos | --base-url | --port | --serve | --repo)

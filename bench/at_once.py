@@ -52,23 +52,15 @@ def take_turns(slaves, group, rounds, window):
 
 def main(argv):
     args = measure.parser(__doc__).parse_args(argv)
-    base = os.path.join(args.work, "upstream")
-    os.makedirs(base, exist_ok=True)
-    server = upstream.Server(base)
     number = QUICK_SLAVES if args.quick else SLAVES
-    slaves = fleet.Fleet(args, server, None, number)
     title = f"One small commit on {number} real slaves, all at once and a few at a time"
     facts = {"kind": "at once", "situation": "one small commit"}
-    try:
-        with measure.kept_results("at_once", args.results) as results:
-            upstream.make(slaves.kind, slaves.bare)
+    with measure.kept_results("at_once", args.results) as results:
+        with fleet.with_upstream(args, number) as slaves:
             slaves.start()
             group = results.group(title, WINDOWED, **facts)
             rounds, window = (1, QUICK_WINDOW) if args.quick else (args.rounds, WINDOW)
             take_turns(slaves, group, rounds, window)
-    finally:
-        slaves.stop()
-        server.stop()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ Every slave is a slave.py in a process of its own with a clone of its own; for t
 slave is a folder of its own behind an sshd. All of them work on the machine that is the master.
 """
 
+import contextlib
 import os
 import re
 import shutil
@@ -174,6 +175,21 @@ def take_turns(fleet, group, rounds):
             )
             fleet.check(who, commit)
     measure.Results.sort(group, whos)
+
+
+@contextlib.contextmanager
+def with_upstream(args, slaves):
+    """So many slaves, which nobody has started yet, and their upstream; both end afterwards."""
+    base = os.path.join(args.work, "upstream")
+    os.makedirs(base, exist_ok=True)
+    server = upstream.Server(base)
+    fleet = Fleet(args, server, None, slaves)
+    try:
+        upstream.make(fleet.kind, fleet.bare)
+        yield fleet
+    finally:
+        fleet.stop()
+        server.stop()
 
 
 def main(argv):

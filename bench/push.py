@@ -186,23 +186,15 @@ def check_dead(relay):
 
 def main(argv):
     args = measure.parser(__doc__).parse_args(argv)
-    base = os.path.join(args.work, "upstream")
-    os.makedirs(base, exist_ok=True)
-    server = upstream.Server(base)
-    slaves = fleet.Fleet(args, server, None, SLAVES)
-    relay = Relay(slaves)
-    title = f"From a push to a relay and {slaves.slaves} real slaves beneath it, one small commit"
     facts = {"kind": "push", "situation": "one small commit"}
-    try:
-        with measure.kept_results("push", args.results) as results:
-            upstream.make(slaves.kind, slaves.bare)
+    with measure.kept_results("push", args.results) as results:
+        with fleet.with_upstream(args, SLAVES) as slaves:
+            title = f"From a push to a relay and {slaves.slaves} real slaves beneath it"
+            relay = Relay(slaves)
             relay.start()
-            group = results.group(title, RELAYED, **facts)
+            group = results.group(f"{title}, one small commit", RELAYED, **facts)
             take_turns(relay, group, 1 if args.quick else args.rounds)
             check_dead(relay)
-    finally:
-        slaves.stop()
-        server.stop()
 
 
 if __name__ == "__main__":

@@ -37,6 +37,19 @@ def processes_below(folder):
     return found
 
 
+def fleet_runs_below(folder):
+    """The processes of server-update that relays whose HOME is below `folder` run."""
+    found = []
+    for pid in processes_below(folder):
+        try:
+            with open("/proc/%d/cmdline" % pid, "rb") as command:
+                if b"/server-update\0--json" in command.read():
+                    found.append(pid)
+        except OSError:
+            pass  # gone
+    return found
+
+
 def descendants(pid):
     """The processes that `pid` has started, and theirs, as far as their parents live."""
     found = []

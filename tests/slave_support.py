@@ -20,7 +20,6 @@ THREADS = 3  # of a slave that has nothing to do: who accepts, who writes, who t
 SECRET = "a secret that nobody knows"
 # For start_slave(constants=...): how soon a run that takes too long gets TERM, then KILL.
 SOON_ENDED = {"BACKSTOP_S": 1, "KILL_AFTER_S": 1}
-THREADS = 3  # of a slave that has nothing to do: who accepts, who writes, who tells somebody
 ONE = "1" * 40  # the commit that a stand-in puts live where upstream has none
 # A slave-activate that notes when it runs and makes a clone of nothing but upstream's commit.
 STAND_IN = """#!/bin/sh

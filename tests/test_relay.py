@@ -1,6 +1,5 @@
 """A relay: a slave with slaves beneath it. Real slaves, the real server-update, real clones."""
 
-import contextlib
 import json
 import os
 import subprocess
@@ -11,7 +10,7 @@ import pytest
 from farm import refusing_entry
 from forge_support import push
 from pages import BLOCKS
-from processes import is_alive, kill, processes_below, rss_kib, wait_until
+from processes import fleet_runs_below, is_alive, kill, rss_kib, wait_until
 from slave_support import (
     ONE,
     SECRET,
@@ -64,15 +63,8 @@ def wait_at(path):
 
 def find_fleet_run(relay):
     """The process of the relay's server-update."""
-
-    def find():
-        for pid in processes_below(relay.bin.parent):
-            with contextlib.suppress(OSError), open("/proc/%d/cmdline" % pid, "rb") as command:
-                if b"/server-update\0--json" in command.read():
-                    return pid
-        return None
-
-    return wait_until(find, what="a run of server-update")
+    runs = wait_until(lambda: fleet_runs_below(relay.bin.parent), what="a run of server-update")
+    return runs[0]
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ A forge tells the top relay alone. Beneath it are a leaf and another relay, whic
 own; all of them are reached through proxies, as the network between them breaks, too. All have one
 secret.
 """
-import contextlib
 import http.client
 import json
 import random
@@ -16,7 +15,7 @@ from collections import Counter
 from checker import Violation, check_slave, check_tree, wait_for_calm
 from fleet import REPO, FleetSlave, History
 from forge_support import encode, github, github_headers, make_key
-from processes import kill, processes_below, wait_until
+from processes import fleet_runs_below, kill, wait_until
 from proxy import ProxyLoop
 from rounds import mend_everything, run_events
 from schedule import FAULTS, Event
@@ -55,12 +54,7 @@ def push_to_top(fleet, slave, rng):
 
 def find_fleet_runs(fleet):
     """The processes of server-update that relays run."""
-    found = []
-    for pid in processes_below(fleet.top.folder) + processes_below(fleet.low.folder):
-        with contextlib.suppress(OSError), open("/proc/%d/cmdline" % pid, "rb") as command:
-            if b"/server-update\0--json" in command.read():
-                found.append(pid)
-    return found
+    return fleet_runs_below(fleet.top.folder) + fleet_runs_below(fleet.low.folder)
 
 
 def signal_fleet_runs(fleet, signum):
