@@ -1,10 +1,14 @@
 """Relays: what is beneath them is counted, named and judged, whatever a relay says of it."""
 
 import json
+import os
+import pty
+import subprocess
 
 import pytest
-from farm import COMMIT, error, updates
-from product import daily
+from farm import COMMIT, error, hold, mute, updates
+from processes import wait_until
+from product import SERVER_UPDATE, daily
 
 BAD = [
     {"slave": "web3", "outcome": "unreachable", "message": "connection refused"},
@@ -140,3 +144,83 @@ def test_names_of_any_kind_harm_nobody(farm, update, bad):
     assert plain.returncode == 1
     assert "\x1b" not in plain.stdout
     assert "commits: %s on 1\n" % COMMIT[:7] in plain.stdout
+
+
+# A relay reads what the server-update that it has begun prints: once nobody does, it was killed.
+
+VIA = {"SERVER_UPDATE_VIA": "0123456789abcdef"}
+
+
+def begin(tmp_path, entries, *options, stdout, env=VIA, before=()):
+    """server-update with this as its standard output, called by `before`."""
+    slavelist = tmp_path / "slavelist.txt"
+    slavelist.write_text("".join(entry + "\n" for entry in entries))
+    command = [*before, *SERVER_UPDATE, "--list", str(slavelist), *options, "hanuman"]
+    environ = dict(os.environ, **env)
+    return subprocess.Popen(command, stdout=stdout, stderr=subprocess.PIPE, env=environ)
+
+
+def begin_unread(tmp_path, entries, *options, **kwargs):
+    """The same with a pipe that nobody reads."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "wb") as stdout:
+        return begin(tmp_path, entries, *options, stdout=stdout, **kwargs)
+
+
+def finish(run):
+    """Its exit status, and what it said on standard error."""
+    try:
+        _, said = run.communicate(timeout=60)
+    finally:
+        run.kill()
+    return run.returncode, said.decode()
+
+
+@pytest.mark.parametrize("option", ["--json", "--at-once=1"])
+def test_without_its_relay_it_signals_nobody(farm, tmp_path, option):
+    entries = [farm.add(updates()) for _ in range(3)]
+    code, said = finish(begin_unread(tmp_path, entries, option))
+    assert (code, farm.requests) == (130, [])
+    assert said == "server-update: interrupted: 0 not good, 0 unfinished, 3 not started\n"
+
+
+@pytest.mark.parametrize("kind", [mute, hold, updates(600)])
+def test_it_ends_with_its_relay_while_all_are_waited_for(farm, tmp_path, kind):
+    """Whether they hold back the answer to the signal, to a poll, or have no outcome yet."""
+    entries = [farm.add(kind) for _ in range(3)]
+    options = ("--parallel=2", "--at-once=2")
+    run = begin(tmp_path, entries, *options, stdout=subprocess.PIPE)
+    reader, run.stdout = run.stdout, None
+    asked = farm.signals if kind is mute else farm.polls
+    wait_until(lambda: len(asked) == 2)
+    assert run.poll() is None
+    reader.close()
+    code, said = finish(run)
+    assert code == 130
+    assert said == "server-update: interrupted: 0 not good, 2 unfinished, 1 not started\n"
+    assert len(farm.addresses_signalled()) == 2
+
+
+def test_nobody_reads_it_and_no_relay_has_begun_it(farm, tmp_path):
+    """`| head`, say: it goes on."""
+    entries = [farm.add(updates()) for _ in range(3)]
+    env = {"SERVER_UPDATE_VIA": ""}
+    assert finish(begin_unread(tmp_path, entries, "--at-once=1", env=env)) == (0, "")
+    assert len(farm.polls) == 3
+
+
+@pytest.mark.parametrize("where", ["file", "null", "closed", "terminal", "hung up"])
+def test_where_its_output_is_no_pipe_a_relays_run_goes_on(farm, tmp_path, where):
+    main, terminal = pty.openpty()
+    paths = {"file": str(tmp_path / "out"), "null": os.devnull}
+    before = ["sh", "-c", 'exec "$@" >&-', "sh"] if where == "closed" else []
+    with open(paths.get(where, os.ttyname(terminal)), "wb", buffering=0) as stdout:
+        os.close(terminal)
+        if where == "hung up":
+            os.close(main)
+        run = begin(tmp_path, [farm.add(updates(0.3))], stdout=stdout, before=before)
+    assert finish(run) == (1 if where == "hung up" else 0, "")  # there its results are lost
+    assert len(farm.polls) == 1
+    if where != "hung up":
+        os.close(main)
