@@ -21,10 +21,28 @@ def activate(activate, repo):
     return activate
 
 
+# What keeps the time sleeps for some seconds, over and over; here until a file is there.
+SLEEP = """#!/bin/sh
+case $1 in
+[1-9]) until [ -e "%s" ]; do "%s" 0.02; done ;;
+*) exec "%s" "$@" ;;
+esac
+"""
+
+
 @pytest.fixture
-def patient(activate):
-    """The same with so much time that also a busy machine is live before it is over."""
-    activate.settings["TIMEOUT"] = "8"
+def late(activate, tmp_path):
+    """The same, whose TIMEOUT of a minute is over once there is a file, `late.now`.
+
+    So it does not matter how long a busy machine takes until then.
+    """
+    activate.settings["TIMEOUT"] = "60"
+    activate.now = tmp_path / "late"
+    fake, real = tmp_path / "clock", shutil.which("sleep")
+    fake.mkdir()
+    (fake / "sleep").write_text(SLEEP % (activate.now, real, real))
+    (fake / "sleep").chmod(0o755)
+    activate.path = "%s:%s" % (fake, os.environ["PATH"])
     return activate
 
 
@@ -41,22 +59,23 @@ def test_an_upstream_that_hangs(activate, http_upstream, shell):
 
 
 @pytest.mark.parametrize("shell", SHELLS)
-def test_a_pre_update_that_hangs(activate, shell):
-    activate.hook("pre-update", "echo thinking; sleep 60\n")
-    result = activate("r", prefix=shell.split())
+def test_a_pre_update_that_hangs(late, shell):
+    late.hook("pre-update", "echo thinking; touch %s; sleep 60\n" % late.now)
+    result = late("r", prefix=shell.split())
     assert (result.status, result.out) == (1, ""), result
-    assert "TIMEOUT (4 s) is over" in result.err
+    assert "TIMEOUT (60 s) is over" in result.err
     assert result.last == "slave-activate: pre-update hook failed (143): thinking"
-    assert (activate.live().exists(), activate.leftovers()) == (False, [])
+    assert (late.live().exists(), late.leftovers()) == (False, [])
 
 
 @pytest.mark.parametrize("shell", SHELLS)
 @pytest.mark.parametrize("ignores", ["", "trap '' TERM\n"])
-def test_a_post_update_that_hangs(patient, repo, tmp_path, shell, ignores):
+def test_a_post_update_that_hangs(late, repo, tmp_path, shell, ignores):
     """What it has started is ended too."""
     pids = tmp_path / "pids"
-    patient.hook("post-update", ignores + "sleep 60 & echo $! $$ >%s; wait; sleep 60\n" % pids)
-    result = patient("r", prefix=shell.split())
+    hangs = "sleep 60 & echo $! $$ >%s; touch %s; wait; sleep 60\n" % (pids, late.now)
+    late.hook("post-update", ignores + hangs)
+    result = late("r", prefix=shell.split())
     assert (result.status, result.out) == (3, "r %s -\n" % repo.head()), result
     status = 137 if ignores else 143
     assert result.last == (
@@ -314,33 +333,34 @@ def cmdline(pid):
 
 
 @pytest.fixture
-def slow_rm(activate, tmp_path):
-    """An rm that never ends, in place of the one for trees."""
+def slow_rm(late, tmp_path):
+    """An rm that never ends, in place of the one for trees; TIMEOUT is over as it begins."""
     fake = tmp_path / "fake"
     fake.mkdir()
     (fake / "rm").write_text(
-        '#!/bin/sh\ncase "$*" in -rf*r.new) exec sleep 60 ;; esac\nexec %s "$@"\n'
-        % shutil.which("rm")
+        '#!/bin/sh\ncase "$*" in -rf*r.new) : >"%s"; exec sleep 60 ;; esac\nexec %s "$@"\n'
+        % (late.now, shutil.which("rm"))
     )
     (fake / "rm").chmod(0o755)
-    return {"PATH": "%s:%s" % (fake, os.environ["PATH"])}
+    return {"PATH": "%s:%s" % (fake, late.path)}
 
 
 @pytest.mark.parametrize("shell", SHELLS)
 @pytest.mark.parametrize("hook", [False, True])
-def test_a_removal_that_takes_long(patient, repo, slow_rm, shell, hook):
+def test_a_removal_that_takes_long(late, repo, slow_rm, shell, hook):
     """It is live; the rest of the old tree is the next run's, and the hook has not run."""
-    first, _ = patient.good("r")
+    first, _ = late.good("r")
     second = repo.commit({"f": "2"})
     if hook:
-        patient.hook("post-update", "touch ran\n")
-    result = patient("r", prefix=shell.split(), env=slow_rm)
+        late.hook("post-update", "touch ran\n")
+    result = late("r", prefix=shell.split(), env=slow_rm)
     assert (result.status, result.out) == (3 if hook else 0, "r %s %s\n" % (second, first)), result
     assert "the next run removes the rest of the old tree" in result.err
     if hook:
         assert result.last == (
             "slave-activate: live, but post-update hook failed (143): "
-            "not run, TIMEOUT (8 s) is over"
+            "not run, TIMEOUT (60 s) is over"
         )
-    assert not (patient.live() / "ran").exists()
-    assert patient.good("r", env={"SERVER_UPDATE_TIMEOUT": "60"})
+    assert not (late.live() / "ran").exists()
+    late.now.unlink()
+    assert late.good("r")
