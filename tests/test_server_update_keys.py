@@ -238,7 +238,7 @@ def test_a_master_whose_clock_is_behind_waits_for_a_slave_that_has_restarted(
 ):
     """What another master, two seconds ahead, has signed is the floor after the restart."""
     secret = make_secret(tmp_path / "secret", SECRET)
-    slave = start_slave(SECRET_FILE=secret)
+    slave = start_slave(SECRET_FILE=secret, constants={"FLOOR_STEP_S": 1})  # to wait for less
     stand_in(slave)
     ahead = signature("/?repo=hanuman", SECRET, when=time.time() + 2)
     assert slave.get("/?repo=hanuman", headers=ahead)[0] == 202
