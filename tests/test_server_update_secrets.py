@@ -171,6 +171,7 @@ class Rollouts(threading.Thread):
         self.join()
 
 
+@pytest.mark.slow
 def test_keys_of_their_own_come_without_a_gap(start_slave, http_upstream, tmp_path):
     """As docs/security.md says, on real slaves, while they are updated all the time."""
     repo = http_upstream.create("hanuman", files={"a": "1"})

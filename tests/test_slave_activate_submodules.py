@@ -6,6 +6,7 @@ import subprocess
 
 import pytest
 from activate_support import Activate, git
+from product import daily
 
 FILE_TRANSPORT = {  # git 2.38.1 and newer: submodules by path only where the user says so
     "GIT_CONFIG_COUNT": "1",
@@ -38,7 +39,7 @@ def borrowed(live):
     return [str(path) for path in (live / ".git").rglob("alternates")]
 
 
-@pytest.mark.parametrize("base", ["path", "http"])
+@pytest.mark.parametrize("base", daily(1, ["http", "path"]))
 def test_nested_submodules_come_along_and_are_reused(
     tmp_path, upstream, http_upstream, nested, base
 ):
