@@ -269,7 +269,12 @@ class Site:
 
 @pytest.mark.parametrize(
     "suite, tools, is_booted",
-    [("bullseye", "", False), ("trixie", "busybox", False), ("trixie", "", True)],
+    [
+        ("bullseye", "", False),
+        ("bookworm", "", False),
+        ("trixie", "busybox", False),
+        ("trixie", "", True),
+    ],
 )
 def test_the_readme_is_followed_to_the_letter(machine, tmp_path, suite, tools, is_booted):
     site = Site(machine, tmp_path, suite, tools, is_booted)
