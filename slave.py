@@ -49,6 +49,7 @@ import sys
 from collections import Counter, deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from os.path import abspath, dirname, expanduser, join, lexists, realpath, samestat
 from queue import SimpleQueue
 from subprocess import DEVNULL, PIPE, Popen, SubprocessError
@@ -273,8 +274,11 @@ STDERR = Stderr()
 
 def is_journal():
     """Whether stderr is journald's, where each line has a time without ours: systemd.exec(5)."""
+    stream = os.environ.get("JOURNAL_STREAM")
+    if not stream:
+        return False
     here = os.fstat(2)
-    return os.environ.get("JOURNAL_STREAM") == f"{here.st_dev}:{here.st_ino}"
+    return stream == f"{here.st_dev}:{here.st_ino}"
 
 
 def log(text):
@@ -646,7 +650,7 @@ def decode_records(repo, data):
     """What Records.encode made; ValueError, TypeError or AttributeError for anything else.
 
     Of what a newer version has written that stays which this one understands."""
-    newest = json.loads(data.decode("utf-8"))
+    newest = json.loads(data)
     found = []
     for fields in newest.get("earlier", []) + [newest]:
         try:
@@ -741,6 +745,7 @@ class Journal:
 
         So is REPOS_DIR, which is still there where somebody removes the state folder."""
         os.makedirs(self.folder, mode=0o700, exist_ok=True)
+        self.identity = None
         # Those of a folder that is gone are worth nothing; REPOS_DIR is taken again at once.
         while self.fds:
             os.close(self.fds.pop())
@@ -750,12 +755,13 @@ class Journal:
             except BlockingIOError:
                 raise OSError(f"another slave.py works in '{path}'")
         self.fds.append(os.open(self.folder, os.O_RDONLY))
+        self.identity = os.fstat(self.fds[-1])
 
     def is_taken(self):
         """Whether the state folder still is the one that was taken."""
         try:
-            return samestat(os.stat(self.folder), os.stat(self.fds[-1]))
-        except (FileNotFoundError, IndexError):  # IndexError: it could not be taken again
+            return samestat(os.stat(self.folder), self.identity)
+        except (FileNotFoundError, AttributeError):  # AttributeError: it couldn't be taken again
             return False
 
     def path(self, repo):
@@ -820,6 +826,7 @@ class Journal:
             if not self.is_taken():
                 log(f"{self.folder} is gone, and is made anew")
                 self.take()
+                self.floor.saved = 0
                 self.unsaved.update(self.records)
             # First: of a record that is on disk the signal may not be taken again.
             self.floor.save()
@@ -1224,15 +1231,13 @@ class Beneath:
     """What the lines of server-update --json say, of however many slaves."""
 
     def __init__(self):
-        self.listed = None  # slaves, as its first line says
         self.counts = None  # {outcome: count}, of its last line
         self.bad = []  # those that are not good, as far as they are told
 
     def take(self, line):
         """Takes a line, in bytes; what makes no sense is passed over."""
         with suppress(Exception):
-            fields = json.loads(line.decode("utf-8"))
-            self.listed = fields.get("slaves", self.listed)
+            fields = json.loads(line)
             if "outcomes" in fields:
                 self.counts = sum_counts(fields["outcomes"], fields.get("beneath"))
             if fields.get("outcome", "live") != "live":
@@ -1355,6 +1360,7 @@ class Floor:
         self.lock = Lock()
         self.at_start = self.read()
         self.newest = self.at_start  # rounded up
+        self.saved = self.at_start  # what the file has
 
     def read(self):
         """What is in the file; 0 where there is none."""
@@ -1373,9 +1379,11 @@ class Floor:
                 self.newest = when + FLOOR_STEP_S
 
     def save(self):
-        """Writes the file where it is behind or gone; its folder is to be synced."""
-        if self.newest != self.read():
-            write_synced(self.path, b"%d\n" % self.newest)
+        """Writes the file where it is behind; its folder is to be synced."""
+        newest = self.newest
+        if newest != self.saved:
+            write_synced(self.path, b"%d\n" % newest)
+            self.saved = newest
 
 
 class Nonces:
@@ -1508,15 +1516,6 @@ class Hooks:
 
 # -- updater ------------------------------------------------------------------
 
-def end_marked(pattern):
-    """Kills all processes whose environment has what matches a pattern of bytes."""
-    for name in filter(str.isdigit, os.listdir("/proc")):
-        # Others' can't be looked at, or have ended meanwhile.
-        with suppress(OSError):
-            if re.search(pattern, read_file(f"/proc/{name}/environ")):
-                os.kill(int(name), SIGKILL)
-
-
 class Relay:
     """The slaves beneath: server-update puts live there what has gone live here."""
 
@@ -1529,8 +1528,6 @@ class Relay:
         if is_absent(path):
             write_synced(path, os.urandom(8).hex().encode("ascii"))
         self.id = read_file(path).decode("ascii")
-        # What a slave.py that was killed has begun would go on beside what comes now.
-        end_marked(b"SERVER_UPDATE_VIA=[0-9a-f,]*%s\0" % self.id.encode("ascii"))
         log(f"{self.count()} slaves beneath, of {self.slavelist}")
 
     def command(self, kind, repo, *pins):
@@ -1550,10 +1547,10 @@ class Relay:
             raise ValueError(f"SLAVELIST or RELAY_OPTIONS: {words[-1].strip()}")
         return done.stdout.count(b"\n")
 
-    def not_started(self, why, listed=None):
+    def not_started(self, why):
         """The changes to a record where nothing was begun beneath."""
         try:
-            listed = listed or self.count()
+            listed = self.count()
         except (OSError, ValueError, SubprocessError):
             listed = 1
         bad = {"slave": self.slavelist, "outcome": "not started", "message": why}
@@ -1561,12 +1558,12 @@ class Relay:
 
     def update(self, record, commit):
         """Brings all to a commit: changes to a record, or Stopped."""
-        refs = ["--ref", record.ref.encode("utf-8")] if record.ref else []
+        refs = ["--ref", record.ref.encode()] if record.ref else []
         # Who asked, why, and by way of whom goes on to those beneath.
         via = ",".join(filter(None, (record.via, self.id)))
-        environ = dict(os.environ)
-        for key, text in (("BY", record.by), ("NOTE", record.note), ("VIA", via)):
-            environ[f"SERVER_UPDATE_{key}"] = (text or "").encode("utf-8")
+        environ = dict(os.environ, SERVER_UPDATE_BY=(record.by or "").encode(),
+                       SERVER_UPDATE_NOTE=(record.note or "").encode(),
+                       SERVER_UPDATE_VIA=via.encode())
         beneath = Beneath()
         try:
             command = self.command("--json", record.repo, *refs, "--commit", commit)
@@ -1578,7 +1575,7 @@ class Relay:
             words = say_status("server-update", run.status)
             if run.status == 2:
                 words = run.last_words()
-            return self.not_started(words, beneath.listed)
+            return self.not_started(words)
         return {"beneath": beneath.counts, "beneath_bad": beneath.bad}
 
 
@@ -1719,7 +1716,7 @@ class Updater:
         said = deque(maxlen=2)  # on stdout: a line, and whether there was another
         pins = ["--commit", record.pin] if record.pin else []
         # Whatever the locale can encode.
-        refs = [record.ref.encode("utf-8")] if record.ref else []
+        refs = [record.ref.encode()] if record.ref else []
         command = [self.command, *pins, record.repo, *refs]
         # A forge may tell of a push before it can be fetched.
         environ = dict(os.environ, SERVER_UPDATE_EXPECT=record.expect or "")
@@ -1763,7 +1760,7 @@ class Updater:
         names = ", ".join(one["slave"] for one in bad[:MAX_NAMES])
         message = record.message + (names and f" ({names})")
         command = [record.untold, record.repo, outcome(record),
-                   record.previous or "-", record.commit or "-", message.encode("utf-8")]
+                   record.previous or "-", record.commit or "-", message.encode()]
         name = f"{record.repo}: update-ended"
         try:
             run = Run(name, command, os.environ, len)  # what it prints is nobody's concern
@@ -2117,7 +2114,7 @@ class Connection(http.server.SimpleHTTPRequestHandler):
         if not isinstance(value, str):
             kind = "application/json"
             value = json.dumps(value)
-        body = value.encode("utf-8") + b"\n"
+        body = value.encode() + b"\n"
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", len(body))
@@ -2307,6 +2304,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.served_file = served_file
         self.tls = None
         self.handlers = set()
+        self.idle = []  # queues in which threads wait for another connection
         self.tended = 0  # when late connections were last looked for
         self.throttle = Throttle()  # of what strangers cause
         self.read_certificate()
@@ -2315,7 +2313,8 @@ class Server(http.server.ThreadingHTTPServer):
         if ":" in address:
             self.address_family = socket.AF_INET6
         try:
-            super().__init__((address, port), Handler)
+            # Without a folder of its own SimpleHTTPRequestHandler asks for this process's.
+            super().__init__((address, port), partial(Handler, directory=""))
         except OSError as error:
             raise OSError(f"can't listen on port {port} of {address}: {error.strerror} "
                           "(see PORT and BIND)")
@@ -2355,6 +2354,9 @@ class Server(http.server.ThreadingHTTPServer):
             if handler.stage.deadline < now:
                 handler.drop()
         self.throttle.tell()
+        # Nobody else takes one out, as connections are accepted in this thread, too.
+        while self.idle:
+            self.idle.pop().put(None)
         self.updater.tend()
         if self.updater.has_stopped():
             raise Stopped  # by shutdown() this thread would wait for itself
@@ -2378,11 +2380,18 @@ class Server(http.server.ThreadingHTTPServer):
         # A socket for both families says ::ffff:192.0.2.1 for an address of IPv4.
         address = [MAPPED_RE.sub("", client_address[0])]
         try:
-            start_thread(self.serve_connection, request, address)
+            self.hand_over(request, address)
         except (RuntimeError, MemoryError) as error:
             # Another's thread comes free.
             self.make_room(error)
-            start_thread(self.serve_connection, request, address)
+            self.hand_over(request, address)
+
+    def hand_over(self, *accepted):
+        """Has an idle thread serve a connection, or a new one: it costs a fifth of an answer."""
+        try:
+            self.idle.pop().put(accepted)
+        except IndexError:
+            start_thread(self.serve_connections, accepted)
 
     def make_room(self, error):
         """The host is short of files, memory or threads: one connection less, and a pause."""
@@ -2396,9 +2405,14 @@ class Server(http.server.ThreadingHTTPServer):
         if handlers:
             min(handlers, key=lambda handler: handler.stage).drop()
 
-    def serve_connection(self, *accepted):
+    def serve_connections(self, accepted):
+        """A thread: serves one connection after the other, until there is none for a while."""
         with suppress(Exception):  # no memory, not even to say so
-            self.process_request_thread(*accepted)
+            more = SimpleQueue()
+            while accepted:
+                self.process_request_thread(*accepted)
+                self.idle.append(more)
+                accepted = more.get()
 
     def handle_error(self, request, client_address):
         """What a connection ended with: mostly its peer's doing, which is nobody's concern."""
