@@ -20,8 +20,9 @@ from product import (  # noqa: E402
     copy_scripts,
     load,
     make_bare_python,
+    set_constants,
 )
-from slave_support import Slave, set_constants, stop_for_good  # noqa: E402
+from slave_support import Slave, stop_for_good  # noqa: E402
 from update_support import Update  # noqa: E402
 from upstream import HttpUpstream, Upstream  # noqa: E402
 
@@ -233,7 +234,7 @@ def farm():
 
 @pytest.fixture
 def start_update(tmp_path):
-    """start_update(entries or slaves, *options, repo=, env=) -> Update, which runs."""
+    """start_update(entries or slaves, *options, repo=, env=, constants=) -> Update, which runs."""
     started = []
 
     def start(entries, *options, **kwargs):

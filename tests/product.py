@@ -76,6 +76,17 @@ def copy_scripts(root, folder, *names):
     return folder
 
 
+def set_constants(script, constants):
+    """Give constants of a copy of a script other values: {NAME: value}."""
+    if not constants:
+        return
+    text = script.read_text(encoding="utf-8")
+    for name, value in constants.items():
+        text, count = re.subn("(?m)^%s = [^ #]+" % name, "%s = %r" % (name, value), text)
+        assert count == 1, name
+    script.write_text(text, encoding="utf-8")
+
+
 def shorten_pauses(folder):
     """A `sleep` in `folder` that is over at once where slave-activate pauses between two tries."""
     path = folder / "sleep"

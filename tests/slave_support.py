@@ -153,15 +153,6 @@ class Slave:
         return self.process.wait(timeout)
 
 
-def set_constants(script, constants):
-    """Give constants of a copy of a script other values: {NAME: value}."""
-    text = script.read_text(encoding="utf-8")
-    for name, value in constants.items():
-        text, count = re.subn("(?m)^%s = [^ #]+" % name, "%s = %r" % (name, value), text)
-        assert count == 1, name
-    script.write_text(text, encoding="utf-8")
-
-
 def forget_bin(slave):
     """Have it look for programs in an empty folder and not in /bin, where one may be installed."""
     empty = slave.home / "bin"

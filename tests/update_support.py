@@ -7,7 +7,7 @@ import signal
 import subprocess
 from collections import namedtuple
 
-from product import ISOLATED, SOURCES, copy_scripts
+from product import ISOLATED, SOURCES, copy_scripts, set_constants
 
 TIMEOUT_S = 60
 
@@ -15,14 +15,18 @@ TIMEOUT_S = 60
 class Update:
     """One run on a list of entries, alone in `folder`; .finish() waits for its end.
 
+    constants: {NAME: value} of server-update that are others in this copy.
     Then .returncode, .stdout and .stderr tell how it was, and with --json: .lines (all of them),
     .results ({slave: its line}), .outcomes ({slave: outcome}) and .summary.
     """
 
-    def __init__(self, folder, entries, *options, repo="hanuman", env=None, **kwargs):
+    def __init__(
+        self, folder, entries, *options, repo="hanuman", env=None, constants=None, **kwargs
+    ):
         self.entries = [getattr(entry, "url", entry) for entry in entries]
         self.is_json = "--json" in options
         script = copy_scripts(SOURCES, folder / "alone" / "bin", "server-update")
+        set_constants(script / "server-update", constants or {})
         # Lists and keys of this machine are none of its.
         (folder / "alone" / "etc" / "server-update").mkdir(parents=True, exist_ok=True)
         slavelist = folder / "slavelist.txt"
