@@ -87,12 +87,14 @@ def set_constants(script, constants):
     script.write_text(text, encoding="utf-8")
 
 
-def shorten_pauses(folder):
-    """A `sleep` in `folder` that is over at once where slave-activate pauses between two tries."""
+def shorten_pauses(folder, pauses="*.???"):
+    """A `sleep` in `folder` that is over at once where slave-activate pauses between two tries.
+
+    "[124]": where it waits for a push that upstream does not show yet.
+    """
     path = folder / "sleep"
-    path.write_text(
-        '#!/bin/sh\ncase $1 in *.???) exit ;; esac\nexec %s "$@"\n' % shutil.which("sleep")
-    )
+    script = '#!/bin/sh\ncase $1 in %s) exit ;; esac\nexec %s "$@"\n'
+    path.write_text(script % (pauses, shutil.which("sleep")))
     path.chmod(0o755)
 
 

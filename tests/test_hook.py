@@ -26,7 +26,7 @@ from forge_support import (
     sign_body,
 )
 from processes import rss_kib, wait_until
-from product import SOURCES, copy_scripts, daily
+from product import SOURCES, copy_scripts, daily, shorten_pauses
 from slave_support import (
     SECRET,
     Slave,
@@ -543,6 +543,7 @@ def test_a_push_that_does_not_come_is_told(hooked, upstream, http_upstream):
     repo = upstream.create("hanuman")
     slave = hooked(BASE_URL=http_upstream.url)
     copy_scripts(SOURCES, slave.bin, "slave-activate")
+    shorten_pauses(slave.bin, "[124]")
 
     def end_of(update):
         wait_until(lambda: record_file(slave)["finished"], 60, what="its end")
