@@ -135,13 +135,16 @@ def test_mounts_elsewhere_are_no_obstacle(activate, upstream, volume):
     assert activate("r", prefix=in_mounts(mounts)).status == 0
 
 
-def test_a_volume_that_comes_while_it_clones(activate, upstream, volume):
+@pytest.mark.parametrize("name", ["repos", "my repos", "back\\slash"])
+def test_a_volume_that_comes_while_it_clones(tmp_path, http_upstream, upstream, volume, name):
     """Mounted in the live tree by the pre-update hook, after the first look."""
+    upstream.create("r", {"f": "1", "uploads/.keep": ""})
+    activate = Activate(tmp_path, http_upstream.url, repos=tmp_path / "home" / name)
     first, _ = activate.good("r")
     activate.hook("pre-update", "mount --bind '%s' '%s/uploads'" % (volume, activate.live()))
     result = activate("r", prefix=in_mounts(":"))
     assert (result.status, (volume / "precious").exists()) == (1, True), result
-    assert "a filesystem is mounted at" in result.last
+    assert "a filesystem is mounted at '%s/uploads'" % activate.live() in result.last
     assert activate.head() == first
 
 
