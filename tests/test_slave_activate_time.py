@@ -340,7 +340,7 @@ def slow_rm(late, tmp_path):
     fake = tmp_path / "fake"
     fake.mkdir()
     (fake / "rm").write_text(
-        '#!/bin/sh\ncase "$*" in -rf*r.new) : >"%s"; exec sleep 60 ;; esac\nexec %s "$@"\n'
+        '#!/bin/sh\ncase "$*" in -rf*r.new*) : >"%s"; exec sleep 60 ;; esac\nexec %s "$@"\n'
         % (late.now, shutil.which("rm"))
     )
     (fake / "rm").chmod(0o755)
