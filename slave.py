@@ -31,6 +31,7 @@ import errno
 import fcntl
 import fnmatch
 import hmac
+import html
 import http.server
 import io
 import ipaddress
@@ -46,7 +47,7 @@ import ssl
 import stat
 import subprocess
 import sys
-from collections import Counter, deque, namedtuple
+from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -76,23 +77,21 @@ LEFTOVER_S = 0.5  # for what a run that has ended left in its process group
 POLL_S = 0.02  # how often a run is asked whether it has ended
 NEVER_S = float("inf")  # for what has no time of its own to end in
 MAX_MESSAGE_CHARS = 300
-MAX_PRINTED_BYTES = 32768  # of a line that a program prints
+MAX_PRINTED_BYTES = 49152  # of what a program prints
 # What tells most comes first.
 OUTPUT_KINDS = ("slave-activate: ", "server-update: ", "fatal: ", "error: ", "")
 # As slave-activate's run_hook, run_post_update and clean_up say it.
 HOOK_RE = re.compile(r"live, but post-update hook failed \(([0-9]{1,3})\)")
 # What is worth a word although all went well: of the old tree, of a push
 WORTH_RE = re.compile("can(not|'t) remove |[0-9a-f]{7} is not there yet")
-OUTCOME_PATTERN = "%s (?:([0-9a-f]{40,64})|-) (?:([0-9a-f]{40,64})|-)"  # on stdout
+OUTCOME_PATTERN = "%s (?:([0-9a-f]{40,64})|-) (?:([0-9a-f]{40,64})|-)\n?"  # on stdout
 
 # Slaves beneath
 NOT_FOR_RELAYS_RE = re.compile(
     "--(no-wait|status|history|dry-run|list|limit|json|ref|commit|slave-key|version|help)(=.*)?"
     "|-[qv]*h.*")
 LIST_TIMEOUT_S = 30  # to read a list of a million
-MAX_BAD = 100  # that are not good and told by name; server-update's MAX_BENEATH
-MAX_BAD_BYTES = 16384  # of them, as JSON: mostly the bound that counts
-MAX_NAMES = 10  # of them, for update-ended
+MAX_NAMES = 10  # of those that are not good, for update-ended
 UPDATE_ENDED_TIMEOUT_S = 60
 
 # User and password of a URL, also where a / or so in them should have been percent-encoded.
@@ -826,7 +825,6 @@ class Journal:
             if not self.is_taken():
                 log(f"{self.folder} is gone, and is made anew")
                 self.take()
-                self.floor.saved = 0
                 self.unsaved.update(self.records)
             # First: of a record that is on disk the signal may not be taken again.
             self.floor.save()
@@ -945,24 +943,6 @@ def find_command(name):
     return command
 
 
-class Lines:
-    """Makes lines of what comes in parts; of long ones only the beginning counts."""
-
-    def __init__(self, take):
-        self.take = take  # is called with each line, in bytes
-        self.unfinished = b""  # the beginning of one
-
-    def add(self, part):
-        """Takes the lines that are whole by now; at the end, which is b"", the rest."""
-        *lines, rest = (self.unfinished + part).split(b"\n")
-        # Of a line without end no more than this is kept.
-        self.unfinished = rest[:MAX_PRINTED_BYTES]
-        if rest and not part:
-            lines.append(rest)
-        for line in lines:
-            self.take(line[:MAX_PRINTED_BYTES])
-
-
 class Run:
     """One run of a program, in a process group of its own: its start, its end, what it said.
 
@@ -970,15 +950,16 @@ class Run:
 
     is_stopping = False  # set once, for all: those that are under way are ended, none begins
 
-    def __init__(self, name, command, environ, take_line):
+    def __init__(self, name, command, environ):
         """Starts it; OSError where it can't, Stopped where none may start any more.
 
-        Its stderr is logged, each line after `name`; each line of its stdout goes to `take_line`,
-        in bytes."""
+        Its stderr is logged, each line after `name`."""
         if Run.is_stopping:
             raise Stopped
         self.name = name
         self.said = {}  # {kind of line: the last one}, see OUTPUT_KINDS
+        self.unfinished = b""  # a line on stderr
+        self.stdout = b""  # the end of it
         self.status = None  # as subprocess's returncode; None where it could not be ended
         # A session of its own is a group of its own, too: signals reach all that it starts.
         self.process = Popen(
@@ -986,8 +967,8 @@ class Run:
             stderr=PIPE, start_new_session=True)
         # What it leaves behind may hold the pipes open: nothing waits for their end.
         self.pipes = selectors.PollSelector()
-        self.pipes.register(self.process.stdout, selectors.EVENT_READ, Lines(take_line).add)
-        self.pipes.register(self.process.stderr, selectors.EVENT_READ, Lines(self.log_line).add)
+        self.pipes.register(self.process.stdout, selectors.EVENT_READ, self.take_stdout)
+        self.pipes.register(self.process.stderr, selectors.EVENT_READ, self.take_stderr)
 
     def finish(self, timeout_s):
         """Blocks until it has ended, with all that it started, or been given up.
@@ -1033,13 +1014,23 @@ class Run:
         flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
         return os.waitid(os.P_PID, self.process.pid, flags) is not None
 
-    def log_line(self, line):
-        text = line[:MAX_LINE_BYTES].decode("utf-8", "replace").rstrip().replace("\t", " ")
-        log(f"{self.name}: {text}")
-        kind = next(kind for kind in OUTPUT_KINDS if text.startswith(kind))
-        words = text[len(kind):]
-        if words:
-            self.said[kind] = words
+    def take_stdout(self, part):
+        self.stdout = (self.stdout + part)[-MAX_PRINTED_BYTES:]
+
+    def take_stderr(self, part):
+        """Logs the lines that are whole by now; at the end, which is b"", the rest."""
+        *lines, rest = (self.unfinished + part).split(b"\n")
+        # Of a line without end no more than this is kept.
+        self.unfinished = rest[:MAX_LINE_BYTES]
+        if rest and not part:
+            lines.append(rest)
+        for line in lines:
+            text = line[:MAX_LINE_BYTES].decode("utf-8", "replace").rstrip().replace("\t", " ")
+            log(f"{self.name}: {text}")
+            kind = next(kind for kind in OUTPUT_KINDS if text.startswith(kind))
+            words = text[len(kind):]
+            if words:
+                self.said[kind] = words
 
     def last_words(self):
         """The last line of the kind that tells most, or an empty text."""
@@ -1218,7 +1209,7 @@ def find_pushed_commit(text, ref):
     """The commit that `ref`, or the default branch, is at now; None where that is not certain."""
     try:
         # As float: to read an int of 100,000 digits takes a second.
-        return choose_commit(json.loads(text.decode(), parse_int=float), ref)
+        return choose_commit(json.loads(text, parse_int=float), ref)
     except Ignored:
         raise
     except Exception:  # in doubt it is an update
@@ -1227,37 +1218,13 @@ def find_pushed_commit(text, ref):
 
 # -- beneath: what server-update tells of the slaves beneath a relay; pure -----
 
-class Beneath:
-    """What the lines of server-update --json say, of however many slaves."""
+def read_summary(stdout):
+    """What server-update's last line says of all slaves together, as changes to a record.
 
-    def __init__(self):
-        self.counts = None  # {outcome: count}, of its last line
-        self.bad = []  # those that are not good, as far as they are told
-
-    def take(self, line):
-        """Takes a line, in bytes; what makes no sense is passed over."""
-        with suppress(Exception):
-            fields = json.loads(line)
-            if "outcomes" in fields:
-                self.counts = sum_counts(fields["outcomes"], fields.get("beneath"))
-            if fields.get("outcome", "live") != "live":
-                self.add_bad(fields, "")
-            # A relay's own are named after it.
-            for below in fields.get("beneath_bad", ()):
-                self.add_bad(below, f"{fields['slave']} > ")
-
-    def add_bad(self, fields, above):
-        bad = {key: fields[key][:MAX_MESSAGE_CHARS]
-               for key in ("slave", "outcome", "message")}
-        bad["slave"] = above + bad["slave"]
-        if len(self.bad) < MAX_BAD and len(json.dumps([*self.bad, bad])) <= MAX_BAD_BYTES:
-            self.bad.append(bad)
-
-
-def sum_counts(outcomes, beneath):
-    """{outcome: count} of all together, the most first."""
-    total = Counter(outcomes) + Counter(beneath)
-    return dict(total.most_common())
+    Any error says that it is no summary."""
+    summary = json.loads(stdout.splitlines()[-1])
+    counts = Counter(summary["outcomes"]) + Counter(summary.get("beneath"))
+    return {"beneath": dict(counts.most_common()), "beneath_bad": summary.get("bad", [])}
 
 
 def found_live(record, commit):
@@ -1335,6 +1302,156 @@ server_update_info{{version="{VERSION}"}} 1"""]
     return "\n".join(dict.fromkeys(lines))
 
 
+# How it can stand with a repository, the worst first, and what the page says is to be done then.
+ADVICE_TABLE = """
+failed: What was live before still is. Once that is mended:
+beneath failed: It is live here. To try those beneath again:
+hook failed: It is live, but its hook has not done all. Once that is mended:
+not there: Nothing is live. If the name is right, have it made:
+running:
+queued:
+live:
+"""
+ADVICE = dict(re.findall("(?m)^([a-z ]+): ?(.*)", ADVICE_TABLE))
+MAX_UNFOLDED = 3  # slaves beneath
+# The only style that a browser takes is the page's own, by its hash; scripts it takes none.
+PAGE_POLICY = ("default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+               "style-src 'sha256-BnCPNeU/+utJpJ/7CWw2wD+54AYViOYFJ0HslA2JlO4='")
+PAGE_HEADERS = (("Content-Security-Policy", PAGE_POLICY), ("X-Content-Type-Options", "nosniff"),
+                ("Vary", "Accept"))
+STYLE = """
+:root {
+  --paper: #fff; --ink: #1c2024; --soft: #60646c; --line: #e2e4e9; --link: #0b5cad;
+  --bad: #b3261e; --bad-paper: #fdf0ee; --busy: #8a5a00; --good: #1a7f37;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --paper: #14171a; --ink: #e6e8eb; --soft: #a3a9b0; --line: #2c3136; --link: #7ab7ff;
+    --bad: #ff9a8f; --bad-paper: #2b1b1a; --busy: #f0c060; --good: #6fd08c;
+  }
+}
+* { box-sizing: border-box; }
+body {
+  margin: 0 auto; padding: 1.5rem 1.25rem; max-width: 100rem; background: var(--paper);
+  color: var(--ink); font: 15px/1.45 system-ui, sans-serif; overflow-wrap: anywhere;
+}
+h1 { margin: 0; font-size: 1.35rem; }
+p { margin: .2rem 0 1.2rem; }
+p, i, em, th { color: var(--soft); font-style: normal; }
+td > i, em { display: block; }
+a { color: var(--link); }
+code { font: .93em ui-monospace, monospace; }
+table { width: 100%; table-layout: fixed; border-collapse: collapse; }
+th { text-align: left; font-size: .85rem; }
+th, td { padding: .45rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top; }
+th.name { width: 15%; }
+th.state { width: 9.6rem; }
+th.commit { width: 6rem; }
+th.ref { width: 11%; }
+th.since { width: 6.8rem; }
+th.by { width: 17%; }
+td.name, td.state { font-weight: 600; }
+.failed .state, .not .state { color: var(--bad); }
+.running .state, .queued .state { color: var(--busy); }
+.live .state { color: var(--good); }
+.failed td, .not td { background: var(--bad-paper); }
+.live em, .running em, .queued em, .bad-0 { display: none; }
+tr:only-child details::details-content { content-visibility: visible; display: block; }
+ul { margin: .2rem 0; padding-left: 1.1rem; }
+@media (max-width: 60rem) {
+  body { padding: 1rem .75rem; }
+  thead, td:empty { display: none; }
+  table, tbody { display: block; }
+  tr { display: grid; grid-template-columns: 1fr auto; margin-bottom: .8rem; padding: .4rem 0;
+    border: 1px solid var(--line); }
+  .failed, .not { border-color: var(--bad); background: var(--bad-paper); }
+  td { grid-column: 1 / -1; padding: .1rem .75rem; border: 0; }
+  td::before { content: attr(data-label); margin-right: .5rem; color: var(--soft); }
+  .name, .commit { grid-column: 1; }
+  .state, .since { grid-column: 2; }
+  .commit, .since { grid-row: 2; }
+  .name::before, .state::before, .message::before { content: none; }
+  .state, .since { text-align: right; }
+}
+"""
+
+
+def standing(now):
+    """Which of ADVICE a repository gets; `now` is its newest record as it looks now."""
+    if now.finished and not now.commit:
+        return "not there"
+    return outcome(now)
+
+
+def mark_up(value):
+    """Anything as HTML in which nothing is markup, nor moves or hides what is beside it."""
+    return html.escape(escape(str(value or "")))
+
+
+def format_bad(slave):
+    """A slave beneath in the page's list of those that are not good."""
+    return f"""
+<li><b>{mark_up(slave["slave"])}</b> {mark_up(slave["outcome"])}
+<i>{mark_up(slave["message"])}</i>"""
+
+
+def format_row(now):
+    """The row of a repository in the page's table."""
+    state = standing(now)
+    bad = now.beneath_bad or ()
+    return f"""\
+<tr class="{state}">
+<td class="name" data-label="Repository"><a href="?repo={now.repo}">{now.repo}</a></td>
+<td class="state" data-label="State">{state}</td>
+<td class="commit" data-label="Commit" title="{mark_up(now.commit)}">\
+<code>{mark_up(now.commit)[:7]}</code></td>
+<td class="ref" data-label="Ref">{mark_up(now.ref)}</td>
+<td class="since" data-label="Since">\
+{strftime("%Y-%m-%d %H:%M:%S", gmtime(now.finished or now.started or now.requested))}</td>
+<td class="by" data-label="By">{mark_up(now.by)}<i>{mark_up(now.note)}</i></td>
+<td class="message">{mark_up(now.message)}
+<em>{ADVICE[state]} <code>server-update {now.repo}</code></em>
+<details class="bad-{len(bad)}" {"" if len(bad) > MAX_UNFOLDED else "open"}>
+<summary>Not good, by name: {len(bad)}</summary><ul>{"".join(map(format_bad, bad))}</ul>\
+</details></td></tr>
+"""
+
+
+def format_page(records, host):
+    """The page of these repositories, each its newest record as it looks now."""
+    records.sort(key=lambda now: list(ADVICE).index(standing(now)))
+    counts = Counter(map(standing, records))
+    summary = ", ".join(f"{count} {state}" for state, count in counts.items())
+    return f"""\
+<!DOCTYPE html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="refresh" content="30">
+<title>{summary or "no repository yet"} \u2013 {mark_up(host)}</title>
+<style>{STYLE}</style>
+<h1>{summary or "no repository yet"}</h1>
+<p>{mark_up(host)} \u00b7 server-update {VERSION} \u00b7 <a href="?">all</a></p>
+<table>
+<thead><tr><th class="name">Repository<th class="state">State<th class="commit">Commit
+<th class="ref">Ref<th class="since">Since (UTC)<th class="by">By<th class="message">Message
+<tbody>
+{"".join(map(format_row, records))}</table>"""
+
+
+def tell_all(records):
+    """What is told of all repositories; in short of those with nothing live, if it is much."""
+    # Who is bad beneath is told of one repository at a time.
+    repos = {record.repo: told(record._replace(beneath_bad=None)) for record in records}
+    # Strangers may have asked for a thousand names, each with a long note.
+    if len(json.dumps(repos)) > MAX_STATUS_BYTES:
+        for fields in repos.values():
+            if not fields["commit"]:
+                fields.update(message="", by=None, note=None)
+    return {"version": VERSION, "repos": repos}
+
+
 # -- guard: who may ask for what ---------------------------------------------
 
 def check_time(when, floor):
@@ -1379,9 +1496,9 @@ class Floor:
                 self.newest = when + FLOOR_STEP_S
 
     def save(self):
-        """Writes the file where it is behind; its folder is to be synced."""
+        """Writes the file where it is behind or gone; its folder is to be synced."""
         newest = self.newest
-        if newest != self.saved:
+        if newest != self.saved or newest and not lexists(self.path):
             write_synced(self.path, b"%d\n" % newest)
             self.saved = newest
 
@@ -1564,19 +1681,19 @@ class Relay:
         environ = dict(os.environ, SERVER_UPDATE_BY=(record.by or "").encode(),
                        SERVER_UPDATE_NOTE=(record.note or "").encode(),
                        SERVER_UPDATE_VIA=via.encode())
-        beneath = Beneath()
         try:
             command = self.command("--json", record.repo, *refs, "--commit", commit)
-            run = Run(f"{record.repo}: beneath", command, environ, beneath.take)
+            run = Run(f"{record.repo}: beneath", command, environ)
         except OSError as error:
             return self.not_started(f"can't run {error}")
         run.finish(NEVER_S)
-        if beneath.counts is None:
+        try:
+            return read_summary(run.stdout)
+        except Exception:  # it has not come as far as that
             words = say_status("server-update", run.status)
             if run.status == 2:
                 words = run.last_words()
             return self.not_started(words)
-        return {"beneath": beneath.counts, "beneath_bad": beneath.bad}
 
 
 class Updater:
@@ -1650,9 +1767,7 @@ class Updater:
     def ready(self):
         """The repositories that can start now."""
         places = MAX_RUNNING - list(self.running.values()).count(True)
-        repos = [repo for repo in list(self.waiting)
-                 if repo not in self.running]
-        return repos[:places]
+        return [repo for repo in list(self.waiting) if repo not in self.running][:places]
 
     def start_queued(self):
         """Starts threads for what can start now; where there are none, tend() comes again."""
@@ -1713,7 +1828,6 @@ class Updater:
 
     def activate(self, record):
         """Runs slave-activate; how it ended, as changes to the record; or Stopped."""
-        said = deque(maxlen=2)  # on stdout: a line, and whether there was another
         pins = ["--commit", record.pin] if record.pin else []
         # Whatever the locale can encode.
         refs = [record.ref.encode()] if record.ref else []
@@ -1723,12 +1837,12 @@ class Updater:
         for key in ACTIVATE_SETTINGS:
             environ[f"SERVER_UPDATE_{key}"] = str(self.setting(key, record.repo))
         try:
-            run = Run(record.repo, command, environ, said.append)
+            run = Run(record.repo, command, environ)
         except OSError as error:
             return failed(f"can't run {error}")
         timeout_s = self.setting("TIMEOUT", record.repo)
         is_late = run.finish(timeout_s + BACKSTOP_S)
-        return judge(record.repo, run.status, b"\n".join(said),
+        return judge(record.repo, run.status, run.stdout,
                      run.last_words(), is_late and timeout_s)
 
     def end_update(self, repo, update, changes):
@@ -1763,7 +1877,7 @@ class Updater:
                    record.previous or "-", record.commit or "-", message.encode()]
         name = f"{record.repo}: update-ended"
         try:
-            run = Run(name, command, os.environ, len)  # what it prints is nobody's concern
+            run = Run(name, command, os.environ)
             run.finish(UPDATE_ENDED_TIMEOUT_S)
             if run.status != 0:
                 log(f"{name}: failed with exit status {run.status}")
@@ -1782,8 +1896,7 @@ class Updater:
 
     def forget_removed(self, repo):
         """Forgets a repository whose tree and record somebody has removed."""
-        is_there = (lexists(self.journal.path(repo))
-                    or lexists(self.tree(repo)))
+        is_there = lexists(self.journal.path(repo)) or lexists(self.tree(repo))
         if repo in self.journal.records and not is_there:
             self.journal.commit(repo, Records.forget)
 
@@ -1836,10 +1949,6 @@ class Updater:
         # A copy, as the journal goes on meanwhile.
         names = self.journal.unread.union(self.journal.records.copy())
         return [record for record in map(self.status, sorted(names)) if record]
-
-    def history(self, repo):
-        """What /status tells of all updates of a repository that are remembered, newest first."""
-        return [told(record) for record in reversed(self.journal.recall(repo).all())]
 
 
 # -- served file ------------------------------------------------------------------
@@ -2225,32 +2334,26 @@ class Handler(Connection):
         """One repository's record, once it has ended or `wait` seconds are over; or all."""
         updater = self.server.updater
         if repo is None:
-            self.send(200, self.tell_all())
-            return
-        if repo in updater.journal.unread:
-            raise Refusal(503, "its record can't be read", RETRY_LATER)
-        if update:
-            update = int(update)
-        updater.wait_for_end(repo, update, min(float(wait), MAX_WAIT_S), self.check_peer)
-        record = updater.status(repo, update)
-        if not record:
-            raise Refusal(404, "no such update was asked for here")
-        answer = told(record)
-        if history == "1":
-            answer = {"repo": repo, "updates": updater.history(repo)}
-        self.send(200, answer)
-
-    def tell_all(self):
-        """What is told of all repositories; in short of those with nothing live, if it is much."""
-        # Who is bad beneath is told of one repository at a time.
-        repos = {record.repo: told(record._replace(beneath_bad=None))
-                 for record in self.server.updater.look_at_all()}
-        # Strangers may have asked for a thousand names, each with a long note.
-        if len(json.dumps(repos)) > MAX_STATUS_BYTES:
-            for fields in repos.values():
-                if not fields["commit"]:
-                    fields.update(message="", by=None, note=None)
-        return {"version": VERSION, "repos": repos}
+            looked = updater.look_at_all()
+            answer = tell_all(looked)
+        else:
+            if repo in updater.journal.unread:
+                raise Refusal(503, "its record can't be read", RETRY_LATER)
+            if update:
+                update = int(update)
+            updater.wait_for_end(repo, update, min(float(wait), MAX_WAIT_S), self.check_peer)
+            record = updater.status(repo, update)
+            if not record:
+                raise Refusal(404, "no such update was asked for here")
+            looked = [record]
+            answer = told(record)
+        if repo and history == "1":
+            records = updater.journal.recall(repo).all()
+            answer = {"repo": repo, "updates": [told(one) for one in reversed(records)]}
+        # What is liked best comes first, as all clients have it.
+        elif "text/html" in self.headers.get("Accept", "").partition("application/json")[0]:
+            answer = format_page(looked, self.headers.get("Host"))
+        self.send(200, answer, *PAGE_HEADERS, kind="text/html; charset=utf-8")
 
     def answer_metrics(self, **_):
         updater = self.server.updater

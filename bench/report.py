@@ -53,7 +53,7 @@ TOOLS = [
     ("python-with-flask", "-c", FLASK),
 ]
 HERE = os.path.dirname(os.path.abspath(__file__))
-ROW_ORDER = ["update", "given", "fanout", "daemon", "fleet", "at_once", "push", "prompt"]
+ROW_ORDER = ["update", "given", "fanout", "daemon", "fleet", "at_once", "push", "prompt", "seen"]
 
 # metric: what its column is called, how a value is written
 METRICS = {

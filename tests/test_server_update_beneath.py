@@ -147,6 +147,31 @@ def test_names_of_any_kind_harm_nobody(farm, update, bad):
     assert "commits: %s on 1\n" % COMMIT[:7] in plain.stdout
 
 
+def test_a_relay_above_reads_in_the_last_line_who_is_not_good(farm, update):
+    above = farm.add(relay(COUNTS, BAD, WORDS))
+    dead = farm.add(error("500 x"))
+    done = update([above, farm.add(updates()), dead], "--json", env=VIA)
+    assert sorted(map(repr, done.summary["bad"][:2])) == sorted(map(repr, [
+        {"slave": above, "outcome": "beneath failed", "message": WORDS},
+        {"slave": dead, "outcome": "failed", "message": "Internal Server Error (HTTP 500)"},
+    ]))
+    below = [dict(one, slave=above + " > " + one["slave"]) for one in BAD]
+    assert done.summary["bad"][2:] == below
+    assert "bad" not in update([farm.add(updates())], "--json", env=VIA).summary
+    assert "bad" not in update([dead], "--json").summary, "nobody but a relay needs it"
+
+
+@pytest.mark.parametrize("message, count", [("short", 100), ("x" * 400, 48)])
+def test_to_a_relay_above_at_most_so_many_are_named(farm, update, message, count):
+    bad = [dict(one, message=message) for one in BAD[:1] * 100]
+    entries = [farm.add(relay(COUNTS, bad, "")) for _ in range(2)]
+    named = update(entries, "--json", env=VIA).summary["bad"]
+    assert {one["slave"] for one in named[:2]} == set(entries)
+    assert len(named) == count or len(named) < count and len(json.dumps(named)) > 16000
+    assert len(json.dumps(named)) <= 16384
+    assert max(len(one["message"]) for one in named) <= 300
+
+
 # A relay reads what the server-update that it has begun prints: once nobody does, it was killed.
 
 VIA = {"SERVER_UPDATE_VIA": "0123456789abcdef"}

@@ -407,7 +407,7 @@ def a_failed_update_is_no_success(place):
 
 
 def a_failed_update_is_none_seen_from_outside(place):
-    """One update is live, the next one fails: the metrics don't call that good."""
+    """One update is live, the next one fails: neither the metrics nor the page call that good."""
     slave = place.slave()
     shorten_pauses(slave.bin)
     assert slave.wait_update("site")["state"] == "live"
@@ -418,6 +418,8 @@ def a_failed_update_is_none_seen_from_outside(place):
     metrics = slave.get("/metrics")[2].decode()
     assert success % 0 in metrics, metrics
     assert 'updates_total{repo="site",outcome="failed"} 1\n' in metrics, metrics
+    page = slave.get("/status", headers={"Accept": "text/html"})[2].decode()
+    assert "failed" in page and "503" in page, page
 
 
 def different_commits_are_no_success(place):
