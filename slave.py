@@ -1476,8 +1476,7 @@ class Floor:
         self.path = path
         self.lock = Lock()
         self.at_start = self.read()
-        self.newest = self.at_start  # rounded up
-        self.saved = self.at_start  # what the file has
+        self.newest = self.saved = self.at_start  # rounded up; what the file has
 
     def read(self):
         """What is in the file; 0 where there is none."""
