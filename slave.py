@@ -99,7 +99,8 @@ USER_RE = re.compile(r"(?<=://)(?:[^/]*|[^\s']*)@")
 
 # Connections
 HEADER_TIMEOUT_S = 10  # for a TLS handshake and a whole header: see Server.service_actions
-SEND_TIMEOUT_S = 30  # for a peer to take anything, or to send anything
+ANSWER_TIMEOUT_S = 60  # for a whole answer, of which it may wait for MAX_WAIT_S
+SEND_TIMEOUT_S = 30  # for a peer to take a part of a file
 CLOSE_TIMEOUT_S = 1  # for a peer to see the end of an answer
 LAST_ANSWERS_S = 0.3  # at the end, for those who still wait
 PEER_S = 1  # how often is looked whether who follows an update is still there
@@ -1230,9 +1231,9 @@ def read_summary(stdout):
 def found_live(record, commit):
     """A record where that commit is live by now: by hand, perhaps."""
     if record.state == "live" and record.beneath and commit != record.commit:
-        count = sum(record.beneath.values())
         message = "another commit was put live here by hand, and not beneath"
-        record = record._replace(message=message, beneath={"not started": count})
+        record = record._replace(
+            message=message, beneath={"not started": sum(record.beneath.values())})
     return record._replace(commit=commit)
 
 
@@ -1616,18 +1617,22 @@ class Hooks:
         for key, folder in settings.items():
             if not key.startswith("HOOKS_DIR"):
                 continue
-            if folder != f"{settings['CONFIG']}/hooks":
+            if folder != f"{settings['CONFIG']}/hooks" or not is_absent(folder):
                 os.stat(folder)
             self.check(folder)
 
     def check(self, folder):
         """Refusal where there is none by now; OSError where that can't be known."""
-        if not is_absent(f"{folder}/pre-update"):
+        # One look, as each lets another thread go first: slave-activate looks more closely.
+        try:
+            os.lstat(f"{folder}/pre-update")
             self.there.add(folder)
-        elif folder in self.there:
-            # Who removes it on purpose has to say so, by a restart.
-            raise Refusal(503, "the pre-update hook is gone; if that is meant, restart the slave",
-                          RETRY_LATER)
+        except FileNotFoundError:
+            if folder in self.there:
+                # Who removes it on purpose has to say so, by a restart.
+                raise Refusal(
+                    503, "the pre-update hook is gone; if that is meant, restart the slave",
+                    RETRY_LATER)
 
 
 # -- updater ------------------------------------------------------------------
@@ -1755,8 +1760,8 @@ class Updater:
         if self.relay and self.relay.id in (asked.get("via") or ""):
             raise Refusal(409, "a circle of relays: this one is beneath itself")
         with can("record the update"):
-            records = self.journal.commit(repo, Records.accept, repo, ref, time(), asked)
-        record = records.queued
+            record = self.journal.commit(
+                repo, Records.accept, repo, ref, time(), asked).queued
         why = ", ".join(filter(None, (peer, record.by, record.note)))
         log(f"{repo}: update {record.update} was asked for by {why}")
         self.waiting[repo] = True
@@ -1804,8 +1809,8 @@ class Updater:
 
     def update(self, repo):
         """Runs the queued update of a repository, and records how it ended; or Stopped."""
-        live = read_live_commit(self.tree(repo))
-        record = self.journal.commit(repo, Records.start, live, time()).running
+        record = self.journal.commit(
+            repo, Records.start, read_live_commit(self.tree(repo)), time()).running
         log(f"{repo}: update {record.update} starts, ref {record.ref or 'not given'}")
         # It may have vanished while this update was queued.
         self.check_hook(repo)
@@ -1855,8 +1860,8 @@ class Updater:
         hook = f"{self.setting('HOOKS_DIR', repo)}/update-ended"
         if lexists(hook):
             changes["untold"] = hook
-        records = self.journal.commit(repo, Records.finish, update, changes, time())
-        done = records.find(update)
+        done = self.journal.commit(
+            repo, Records.finish, update, changes, time()).find(update)
         self.teller.submit(self.run_update_ended, done)
         message = done.message and f": {done.message}"
         log(f"{repo}: update {update} {outcome(done)} after {done.finished - done.started:.1f} s, "
@@ -2085,7 +2090,6 @@ class Connection(http.server.SimpleHTTPRequestHandler):
     default_request_version = "HTTP/1.0"  # a request without a version gets a whole answer too
     server_version = "server-update"
     sys_version = VERSION
-    timeout = SEND_TIMEOUT_S
     disable_nagle_algorithm = True
     rbufsize = 0  # as HeaderReader has a buffer of its own
     wbufsize = 2048  # one write an answer
@@ -2156,7 +2160,7 @@ class Connection(http.server.SimpleHTTPRequestHandler):
         """As in http.server; whoever may not ask, or not like this, is refused."""
         if not super().parse_request():
             return False
-        self.enter(ANSWERING)
+        self.enter(ANSWERING, ANSWER_TIMEOUT_S)
         # As it was sent, which is what is signed.
         self.target = self.requestline.split()[1]
         self.route, _, self.query = ORIGIN_RE.sub("/", self.target).partition("?")
@@ -2214,7 +2218,7 @@ class Connection(http.server.SimpleHTTPRequestHandler):
                 mac.update(part)
             if not is_large:
                 body += part
-        self.enter(ANSWERING)
+        self.enter(ANSWERING, ANSWER_TIMEOUT_S)
         return bytes(body)
 
     def send(self, status, value, *headers, kind="text/plain"):
@@ -2380,7 +2384,7 @@ class Handler(Connection):
         # No more than was announced, should it grow meanwhile.
         size = os.fstat(source.fileno()).st_size
         for start in range(0, size, 65536):
-            self.enter(WAITING)
+            self.enter(WAITING, SEND_TIMEOUT_S)
             outputfile.write(source.read(min(65536, size - start)))
 
     def translate_path(self, path):
@@ -2537,8 +2541,7 @@ def tell_ready(address):
     # Nobody listens at "".
     with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.settimeout(1)
-        manager.connect(re.sub("^@", "\0", address))
-        manager.send(b"READY=1")
+        manager.sendto(b"READY=1", re.sub("^@", "\0", address))
 
 
 def serve(options):
