@@ -148,9 +148,10 @@ def broken(record, args, *more):
 def broken(self, record, changes):
     return changes
 """, scenarios.a_push_reaches_the_slaves_beneath),
-    Mutation("all beneath count as live", "slave.py", "sum_counts", """
-def broken(*parts):
-    return {"live": sum(original(*parts).values())}
+    Mutation("all beneath count as live", "slave.py", "read_summary", """
+def broken(stdout):
+    summary = original(stdout)
+    return dict(summary, beneath={"live": sum(summary["beneath"].values())})
 """, scenarios.a_dead_slave_beneath_is_told),
     Mutation("a relay ends before those beneath", "slave.py", "Updater.update_beneath", """
 def broken(self, record, changes):
