@@ -171,12 +171,16 @@ def is_absent(path):
     """Whether there certainly is nothing at `path`, not even a link that leads nowhere.
 
     Raises OSError where that can't be known: what can't be looked at is not absent."""
+    folder = dirname(path) or "."
+    try:
+        os.stat(folder)
+    except FileNotFoundError:
+        if not is_absent(folder):
+            raise  # it is a link that leads nowhere
+        return True
     try:
         os.lstat(path)
     except FileNotFoundError:
-        folder = dirname(path)
-        if folder not in ("", path) and not is_absent(folder):
-            os.stat(folder)  # raises where it is a link that leads nowhere
         return True
     return False
 
@@ -359,8 +363,7 @@ def parse_port(text):
 
 def parse_networks(text):
     """Addresses and networks; those of IPv4 may be written as IPv6."""
-    words = WORD_RE.findall(MAPPED_RE.sub("", text))
-    return [ipaddress.ip_network(word) for word in words]
+    return [ipaddress.ip_network(word) for word in WORD_RE.findall(MAPPED_RE.sub("", text))]
 
 
 def parse_relay_options(text):
@@ -698,7 +701,8 @@ def write_synced(path, content):
 
     This one for certain once its folder is synced, too."""
     beside = f"{dirname(path)}/record.tmp"
-    with open(beside, "wb") as handle:
+    # With a buffer of its own nobody asks whether it is a terminal.
+    with open(beside, "wb", 65536) as handle:
         handle.write(content)
         handle.flush()
         os.fsync(handle.fileno())
@@ -1012,8 +1016,8 @@ class Run:
 
     def has_ended(self):
         # WNOWAIT leaves the zombie, which keeps its number: see the class.
-        flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
-        return os.waitid(os.P_PID, self.process.pid, flags) is not None
+        return os.waitid(
+            os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     def take_stdout(self, part):
         self.stdout = (self.stdout + part)[-MAX_PRINTED_BYTES:]
@@ -1980,8 +1984,7 @@ def find_clone(path, repos, known=None):
 
 def is_content(path, clone):
     """Whether a path is in a clone, and not in git's own folder, which knows passwords of URLs."""
-    parts = path[len(clone):].lower().split("/")
-    return path.startswith(f"{clone}/") and ".git" not in parts
+    return path.startswith(f"{clone}/") and ".git" not in path[len(clone):].lower().split("/")
 
 
 class ServedFile:
@@ -2315,8 +2318,7 @@ class Handler(Connection):
         """Queues an update, and tells its id."""
         record = self.server.updater.take_signal(repo, ref, asked, self.client_address[0])
         told = {"repo": repo, "update": record.update, "state": record.state, "ref": ref}
-        location = f"/status?repo={repo}&update={record.update}"
-        self.send(202, told, ("Location", location))
+        self.send(202, told, ("Location", f"/status?repo={repo}&update={record.update}"))
 
     def answer_hook(self, repo, ref=None, **_):
         """Starts an update where a forge proves a push that means one; all others get a reason."""
@@ -2402,6 +2404,7 @@ class Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
     allow_reuse_port = False  # a second slave on the same port is a mistake
     request_queue_size = 1024
+    shutdown_request = http.server.socketserver.TCPServer.close_request  # see Connection.finish
 
     def __init__(self, updater, guard, served_file):
         """Listens; OSError or ValueError where it can't, or where the certificate is no good."""
