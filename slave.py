@@ -1321,7 +1321,7 @@ ADVICE = dict(re.findall("(?m)^([a-z ]+): ?(.*)", ADVICE_TABLE))
 MAX_UNFOLDED = 3  # slaves beneath
 # The only style that a browser takes is the page's own, by its hash; scripts it takes none.
 PAGE_POLICY = ("default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
-               "style-src 'sha256-BnCPNeU/+utJpJ/7CWw2wD+54AYViOYFJ0HslA2JlO4='")
+               "style-src 'sha256-HZLH4bpYpAfkLthZE7fy4LQeAUmGEA7SnaFimUA73dQ='")
 PAGE_HEADERS = (("Content-Security-Policy", PAGE_POLICY), ("X-Content-Type-Options", "nosniff"),
                 ("Vary", "Accept"))
 STYLE = """
@@ -1372,11 +1372,9 @@ ul { margin: .2rem 0; padding-left: 1.1rem; }
   .failed, .not { border-color: var(--bad); background: var(--bad-paper); }
   td { grid-column: 1 / -1; padding: .1rem .75rem; border: 0; }
   td::before { content: attr(data-label); margin-right: .5rem; color: var(--soft); }
-  .name, .commit { grid-column: 1; }
-  .state, .since { grid-column: 2; }
-  .commit, .since { grid-row: 2; }
+  .name { grid-column: 1; }
+  .state { grid-column: 2; text-align: right; }
   .name::before, .state::before, .message::before { content: none; }
-  .state, .since { text-align: right; }
 }
 """
 

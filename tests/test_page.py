@@ -356,6 +356,14 @@ MISPLACED = """(() => {
   if (document.documentElement.scrollWidth > width) found.push("the page itself");
   return found;
 })()"""
+# Short words that take more than one line.
+BROKEN = """[...document.querySelectorAll("td.name a, td.commit code, td.state")]
+  .map(one => one.firstChild).filter(text => text && text.data.length < 12)
+  .filter(text => {
+    const range = document.createRange();
+    range.selectNode(text);
+    return range.getClientRects().length > 1;
+  }).map(text => text.data)"""
 # The contrast of each text to what is behind it: WCAG 2.1, 1.4.3.
 CONTRAST = """(() => {
   const parse = text => text.match(/[0-9.]+/g).map(Number);
@@ -431,6 +439,7 @@ def test_it_can_be_read(browser, scenes, name, width, is_dark):
     assert len(texts(browser, "td.state")) == len(rows)
     assert browser.value(MISPLACED) == []
     assert browser.value(CONTRAST) >= 4.5
+    assert browser.value(BROKEN) == []
     assert browser.complaints() == []
     assert browser.asked_for() == [url], "nothing but the page itself"
     got_width, _, colour = corner(browser.screenshot())
