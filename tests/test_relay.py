@@ -472,7 +472,8 @@ def test_what_runs_beneath_takes_no_place(start_relay, tmp_path):
     relay = start_relay(["web1"], wait)
     stand_in(relay)
     updates = {name: relay.signal(name) for name in "abcdef"}
-    wait_until(lambda: len((relay.home / "calls").read_text().splitlines()) == 12)
+    calls = relay.home / "calls"
+    wait_until(lambda: calls.exists() and len(calls.read_text().splitlines()) == 12)
     assert {relay.json("/status?repo=" + name)["state"] for name in updates} == {"running"}
     again = relay.signal("a")
     assert relay.json("/status?repo=a")["state"] == "queued", "one after the other"
