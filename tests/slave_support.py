@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -35,6 +36,18 @@ echo "$1 $commit -"
 """
 
 
+def keep_port():
+    """(what to keep, port): a port of 127.0.0.1 where a slave can listen, once and again.
+
+    While it is kept the kernel gives it to no connection that comes from here: after a stop,
+    another test's would hold it."""
+    kept = socket.socket()
+    # Bound only: who listens there may have it, too.
+    kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    kept.bind(("127.0.0.1", 0))
+    return kept, kept.getsockname()[1]
+
+
 class Slave:
     """The real slave.py beside the real slave-activate, with a process and a home of its own.
 
@@ -53,7 +66,10 @@ class Slave:
         self.home.mkdir()
         self.hooks.mkdir()
         self.conf, self.log_file = folder / "slave.conf", folder / "log"
-        self.settings = dict({"PORT": 0, "BIND": "127.0.0.1", "HOOKS_DIR": self.hooks}, **settings)
+        self.kept, port = keep_port()
+        self.settings = dict(
+            {"PORT": port, "BIND": "127.0.0.1", "HOOKS_DIR": self.hooks}, **settings
+        )
         self.repos = Path(self.settings.get("REPOS_DIR") or self.home / "repos")
         self.state = self.repos / ".server-update"
         self.process = self.port = None

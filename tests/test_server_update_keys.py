@@ -165,7 +165,6 @@ def test_a_slaves_key_is_worth_nothing_at_another(start_slave, tmp_path, update,
     """Real slaves, each with the key of its own in its file; then one takes another's."""
     slaves = [start_slave(SECRET_FILE=tmp_path / ("secret-%d" % n), wait=False) for n in (1, 2)]
     for number, slave in enumerate(slaves, 1):
-        slave.settings["PORT"] = 0
         slave.process.wait()  # it has no secret yet
         make_secret(tmp_path / ("secret-%d" % number), "0" * 64)
         slave.start()
