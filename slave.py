@@ -103,7 +103,6 @@ ANSWER_TIMEOUT_S = 60  # for a whole answer, of which it may wait for MAX_WAIT_S
 SEND_TIMEOUT_S = 30  # for a peer to take a part of a file
 CLOSE_TIMEOUT_S = 1  # for a peer to see the end of an answer
 LAST_ANSWERS_S = 0.3  # at the end, for those who still wait
-PEER_S = 1  # how often is looked whether who follows an update is still there
 MAX_LINE_BYTES = 8192  # of a request, and of the log
 MAX_HEADER_BYTES = 16384
 HEADER_BUFFER_BYTES = 512  # small, as there may be so many connections:
@@ -115,7 +114,7 @@ MAX_REFUSALS_LOGGED = 5  # in TEND_S, which makes ten a second
 MAX_WAIT_S = 30
 MAX_STATUS_BYTES = 1000000  # server-update reads a little more
 VIA_RE = re.compile("[0-9a-f]{16}(,[0-9a-f]{16}){0,7}")  # ids of at most 8 relays
-TEND_S = 0.5  # how often late connections are dropped
+TEND_S = 0.5  # how often late connections are dropped, and peers that have gone noticed
 LOG_PATIENCE_S = 1  # for the log's reader to take a line
 RETRY_LATER = ("Retry-After", 2)
 
@@ -1912,9 +1911,8 @@ class Updater:
             self.journal.load(repo)
             self.take_up(repo)
         self.start_queued()
-        if Run.is_stopping:
-            with self.journal.changed:
-                self.journal.changed.notify_all()  # who waits for an end hears how it is
+        with self.journal.changed:
+            self.journal.changed.notify_all()  # who waits for an end looks whether its peer does
 
     def stop(self, *_):
         """A signal's handler: it may come in the midst of another, so that it may take no lock."""
@@ -1930,15 +1928,12 @@ class Updater:
 
         Calls `check_peer`, which raises where nobody waits for the answer any more, now and then.
         """
-        def has_ended():
+        def is_over():
+            check_peer()
             record = self.journal.recall(repo).find(update)
             return not record or record.finished or Run.is_stopping
-        deadline = monotonic() + wait_s
         with self.journal.changed:
-            while wait_s > 0 and not has_ended():
-                self.journal.changed.wait(min(wait_s, PEER_S))
-                check_peer()
-                wait_s = deadline - monotonic()
+            self.journal.changed.wait_for(is_over, wait_s)
 
     def status(self, repo, update=None):
         """The record of an update, or the newest one as it looks now; None where there is none."""
@@ -2601,10 +2596,8 @@ def serve_until_stopped(server):
 
 def open_standard_files():
     """Opens those that are closed, lest a connection become what the log is written to."""
-    number = os.open(os.devnull, os.O_RDWR)  # the first that is free
-    while number <= 2:
-        number = os.open(os.devnull, os.O_RDWR)
-    os.close(number)
+    while os.open(os.devnull, os.O_RDWR) <= 2:
+        pass  # the first that is free; one more stays open
 
 
 def serve_or_say(options):
