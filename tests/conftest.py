@@ -123,7 +123,7 @@ def run_script(tmp_path):
     ("busybox ash"). Returns the CompletedProcess, its output as text.
     """
 
-    def run(name, *args, env=None, shell=None, timeout=60, stdin=subprocess.DEVNULL, **kwargs):
+    def run(name, *args, env=None, shell=None, timeout=300, stdin=subprocess.DEVNULL, **kwargs):
         script = copy_scripts(SOURCES, tmp_path / "alone" / name, name) / name
         if "input" not in kwargs:
             kwargs["stdin"] = stdin

@@ -157,7 +157,7 @@ def encode_form(told):
     return b"payload=" + quote_plus(json.dumps(told)).encode()
 
 
-def post(slave, path, body, headers, timeout=60):
+def post(slave, path, body, headers, timeout=300):
     """One POST: (status, headers, what the answer says)."""
     connection = http.client.HTTPConnection("127.0.0.1", slave.port, timeout=timeout)
     try:

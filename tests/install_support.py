@@ -29,7 +29,7 @@ class Installer:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             universal_newlines=True,
-            timeout=60,
+            timeout=300,
         )
 
     def check(self, *args, **kwargs):

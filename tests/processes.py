@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from signal import SIGKILL
 
-LATEST_S = 30  # by then what is waited for has happened also on a busy machine
+LATEST_S = 120  # by then what is waited for has happened also on a busy machine
 
 
 def wait_until(true, timeout=LATEST_S, every=0.01, what="it"):

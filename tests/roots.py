@@ -21,7 +21,7 @@ SUITES = ("bullseye", "bookworm", "trixie")  # the current stable and the two be
 BARE = "python3,git"
 BOOTED = "python3,git,systemd-sysv,dbus,openssh-server,openssh-client,ca-certificates,curl"
 NEEDED = ("debootstrap", "apt-get", "unshare", "nsenter", "mount", "ip")
-BOOT_TIMEOUT_S = 60
+BOOT_TIMEOUT_S = 300
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP = 0x8913, 0x8914, 1  # netdevice(7)
 
@@ -125,7 +125,7 @@ class Machine:
         words = ["%s=%s" % item for item in env.items()]
         return enter + ["/usr/bin/env", "-i"] + words + change + list(args)
 
-    def run(self, *args, timeout=60, **kwargs):
+    def run(self, *args, timeout=300, **kwargs):
         """Run it inside, to its end; the CompletedProcess, both outputs as text in stdout."""
         return subprocess.run(
             self.command(*args, **kwargs),

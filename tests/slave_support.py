@@ -16,7 +16,7 @@ from signal import SIGTERM
 from processes import descendants, kill, kill_all_below, wait_until
 from product import ISOLATED, SOURCES, copy_scripts
 
-START_TIMEOUT_S = 60
+START_TIMEOUT_S = 300
 THREADS = 3  # of a slave that has nothing to do: who accepts, who writes, who tells somebody
 SECRET = "a secret that nobody knows"
 # For start_slave(constants=...): how soon a run that takes too long gets TERM, then KILL.
@@ -125,7 +125,7 @@ class Slave:
             else ""
         )
 
-    def get(self, path, headers=None, method="GET", timeout=40):
+    def get(self, path, headers=None, method="GET", timeout=120):
         """One request on a connection of its own: (status, headers, body as bytes)."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
         try:
@@ -147,7 +147,7 @@ class Slave:
             "update"
         ]
 
-    def wait_update(self, repo="hanuman", update=None, timeout=60):
+    def wait_update(self, repo="hanuman", update=None, timeout=300):
         """Signal if no update id is given; wait for its end; the record."""
         update = self.signal(repo) if update is None else update
         end = time.monotonic() + timeout
@@ -162,7 +162,7 @@ class Slave:
         self.process.kill()
         self.process.wait()
 
-    def stop(self, signum=SIGTERM, timeout=60):
+    def stop(self, signum=SIGTERM, timeout=300):
         """Stop it cleanly; its exit status."""
         if self.process.poll() is None:
             self.process.send_signal(signum)
@@ -207,7 +207,7 @@ def start_by_hand(slave, *args, **env):
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        timeout=60,
+        timeout=300,
         universal_newlines=True,
         encoding="utf-8",
         env=dict(os.environ, HOME=str(slave.home), **env),

@@ -55,7 +55,7 @@ class Run:
         """All that has come so far."""
         return codecs.decode(b"".join(data for _, data in self.chunks), "utf-8", "replace")
 
-    def wait(self, timeout=60):
+    def wait(self, timeout=300):
         """The whole text, once it has ended."""
         self.code = self.process.wait(timeout)
         self.thread.join(10)

@@ -219,7 +219,7 @@ def test_a_setting_of_one_repository(start_slave, tmp_path):
 
 def test_the_time_of_one_repository(start_slave):
     slave = start_slave(constants={"BACKSTOP_S": 0.1}, **{"TIMEOUT.slow": 1})
-    stand_in(slave, "sleep 60")
+    stand_in(slave, "sleep 1000")
     record = slave.wait_update("slow")
     assert record["message"] == "stopped as it took longer than 1 s (TIMEOUT)"
 

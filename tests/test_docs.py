@@ -21,7 +21,7 @@ from product import ROOT, SERVER_UPDATE, need
 from slave_support import SECRET, make_secret
 
 MAX_README_LINES = 170
-TIMEOUT_S = 120
+TIMEOUT_S = 300
 
 # How a block begins that installs a hook of docs/examples.
 HOOK_BY = "install -d /etc/server-update/hooks\ninstall docs/examples/%s"

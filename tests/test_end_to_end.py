@@ -178,7 +178,7 @@ def test_a_push_in_the_middle_of_a_rollout_waits_for_the_next(fleet, upstream, u
     assert "\ncommits: %s on 3\n" % asked[:7] in done.stdout
     assert repo.head() == pushed
     command = re.search("^to go back: (.*)$", done.stdout, re.M).group(1)
-    pasted = subprocess.run(["sh", "-c", command], stdout=subprocess.PIPE, timeout=60)
+    pasted = subprocess.run(["sh", "-c", command], stdout=subprocess.PIPE, timeout=300)
     assert (pasted.returncode, before in command) == (0, True), pasted.stdout
     assert [commit_in(slave) for slave in slaves] == [before] * SLAVES
 
@@ -204,7 +204,7 @@ def test_a_push_between_slaves_is_seen_and_the_printed_command_mends_it(
     assert "hanuman: 3 live of 3, " in done.stdout
     assert "\ncommits: %s on 2, %s on 1\n" % (pushed[:7], asked[:7]) in done.stdout
     command = re.search("^to make them equal: (.*)$", done.stdout, re.M).group(1)
-    pasted = subprocess.run(["sh", "-c", command], stdout=subprocess.PIPE, timeout=60)
+    pasted = subprocess.run(["sh", "-c", command], stdout=subprocess.PIPE, timeout=300)
     assert pasted.returncode == 0, pasted.stdout
     assert len({commit_in(slave) for slave in slaves}) == 1
 
@@ -328,7 +328,7 @@ def start_demo(tmp_path, errors):
 @pytest.mark.slow
 def test_the_demo_shows_both_commits_and_leaves_nothing(tmp_path):
     process = start_demo(tmp_path, subprocess.PIPE)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, output + errors
     before, after, pushed = output.split("# Somebody pushed ")
     assert before.count('"Version 20"') == SLAVES + 1

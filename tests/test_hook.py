@@ -172,7 +172,7 @@ def test_only_repository_and_ref_of_the_url_count(hooked):
 
 def test_what_it_expects_is_known_after_a_restart(hooked):
     slave = hooked()
-    stand_in(slave, text='#!/bin/sh\necho begins >>"$HOME/runs"\nsleep 60\n')
+    stand_in(slave, text='#!/bin/sh\necho begins >>"$HOME/runs"\nsleep 1000\n')
     push(slave)
     wait_until(lambda: runs(slave) == ["begins"])
     slave.kill()

@@ -116,7 +116,7 @@ class Fleet:
     def run(self, text):
         text = text.replace("/usr/local/bin/", str(self.bin) + "/")
         env = dict(os.environ, PATH=str(self.bin) + os.pathsep + os.environ["PATH"])
-        subprocess.run(["sh", "-ec", text], env=env, check=True, timeout=60)
+        subprocess.run(["sh", "-ec", text], env=env, check=True, timeout=300)
 
     def update(self):
         """A whole update with the keys that the master has; what it printed."""
@@ -126,7 +126,7 @@ class Fleet:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             universal_newlines=True,
-            timeout=60,
+            timeout=300,
         )
         assert "2 live of 2" in done.stdout and done.returncode == 0, done.stdout
         return done.stdout

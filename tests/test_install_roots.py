@@ -16,7 +16,7 @@ from upstream import Repo
 CHECKOUT = "/root/a checkout"
 SERVICE = "server-update-slave"
 STARTED = re.compile(r"To start slave.py as (\w+), .*\n  (.*)\n")
-START_TIMEOUT_S = 60
+START_TIMEOUT_S = 300
 pytestmark = pytest.mark.slow
 
 

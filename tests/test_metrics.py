@@ -26,7 +26,7 @@ def check_with_promtool(text, *command):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         encoding="utf-8",
-        timeout=60,
+        timeout=300,
     )
     assert (done.returncode, done.stdout) == (0, ""), text
     return text

@@ -24,7 +24,7 @@ def promtool(*command, text=None, cwd=None):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         encoding="utf-8",
-        timeout=60,
+        timeout=300,
     )
     assert done.returncode == 0, done.stdout
     return done.stdout
@@ -164,7 +164,7 @@ def master(start_slave, tmp_path):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             encoding="utf-8",
-            timeout=60,
+            timeout=300,
         )
 
     run.slave, run.work = one, work

@@ -357,18 +357,18 @@ def test_sigterm_in_the_middle_and_it_goes_on(under_way):
 
 
 def test_a_run_that_ignores_term_is_killed(start_relay, upstream):
-    fleet = "trap '' TERM\n: >\"$HOME/deaf\"\nsleep 99"
+    fleet = "trap '' TERM\n: >\"$HOME/deaf\"\nsleep 1000"
     relay = start_relay(["web1"], fleet, constants={"KILL_AFTER_S": 1})
     stand_in(relay)
     relay.signal()
     wait_until((relay.home / "deaf").exists)
-    assert relay.stop(timeout=60) == 0
+    assert relay.stop(timeout=300) == 0
     assert record_file(relay)["state"] == "queued"
 
 
 @pytest.mark.slow
 def test_what_the_relay_ends_three_times_is_not_started(start_relay, upstream):
-    relay = start_relay(["web1", "web2", "web3"], "sleep 99")
+    relay = start_relay(["web1", "web2", "web3"], "sleep 1000")
     stand_in(relay)
     update = relay.signal()
     for _ in range(3):
@@ -672,7 +672,7 @@ def test_update_ended_runs_after_each_update(start_slave, upstream, tmp_path):
 def test_update_ended_is_run_again_where_it_was_killed(start_slave, tmp_path):
     slave = start_slave()
     stand_in(slave)
-    hook(slave, "update-ended", ended_hook(tmp_path) + "[ -e '%s/go' ] || sleep 99\n" % tmp_path)
+    hook(slave, "update-ended", ended_hook(tmp_path) + "[ -e '%s/go' ] || sleep 1000\n" % tmp_path)
     slave.wait_update()
     wait_until(lambda: notes(tmp_path))
     assert slave.wait_update("other")["state"] == "live", "apart from the queue"

@@ -100,7 +100,7 @@ def test_the_way_back_works_when_pasted(farm, update):
     done = update(entries)
     back = re.search("^to go back: (.*)$", done.stdout, re.M).group(1)
     again = subprocess.run(
-        ["sh", "-c", back], stdout=subprocess.PIPE, universal_newlines=True, timeout=60
+        ["sh", "-c", back], stdout=subprocess.PIPE, universal_newlines=True, timeout=300
     )
     assert again.returncode == 0
     assert "commits: 8c2f4e0 on 3\n" in again.stdout

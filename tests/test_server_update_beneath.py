@@ -197,7 +197,7 @@ def begin_unread(tmp_path, entries, *options, **kwargs):
 def finish(run):
     """Its exit status, and what it said on standard error."""
     try:
-        _, said = run.communicate(timeout=60)
+        _, said = run.communicate(timeout=300)
     finally:
         run.kill()
     return run.returncode, said.decode()

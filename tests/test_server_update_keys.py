@@ -262,7 +262,7 @@ def shell_block(beginning):
 
 def run_shell(shell, lines, **kwargs):
     """Run lines as `sh -eu` does; what they print."""
-    return subprocess.check_output([shell, "-euc", lines], timeout=60, **kwargs).decode()
+    return subprocess.check_output([shell, "-euc", lines], timeout=300, **kwargs).decode()
 
 
 @pytest.mark.parametrize("shell", ["dash", "bash"])

@@ -168,7 +168,7 @@ def check(farm, tmp_path):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             universal_newlines=True,
-            timeout=60,
+            timeout=300,
         )
         assert "Traceback" not in done.stderr
         return done.returncode == code and all(word in done.stdout for word in words)

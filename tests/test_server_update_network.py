@@ -119,7 +119,7 @@ def test_a_chunk_of_negative_size_is_not_read_for_ever(farm, update):
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)" % slavelist.encode()
     )
     command = [*SERVER_UPDATE, "--list=-", "--retries=0", "x"]
-    most = subprocess.check_output([PYTHON, "-c", code, *command], timeout=60)
+    most = subprocess.check_output([PYTHON, "-c", code, *command], timeout=300)
     assert farm.requests and int(most) < 80 * 1024
 
 

@@ -120,7 +120,7 @@ def test_a_truncated_shell_script_does_nothing(name, tmp_path):
         cwd=str(tmp_path),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        timeout=60,
+        timeout=300,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
     assert sorted(os.listdir(str(tmp_path))) == ["home", "script"]

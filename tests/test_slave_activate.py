@@ -121,7 +121,7 @@ def test_busyboxs_tools_are_enough(activate, upstream, tmp_path):
     new = repo.commit({"d/f": None})
     process = activate.start("r", prefix=prefix, env=env)
     process.terminate()
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     assert activate.good("r", prefix=prefix, env=env)[0] == new
 
 
@@ -339,7 +339,7 @@ def test_an_upstream_that_wants_a_user_name_fails_at_once(activate, upstream, ht
     prompt.write_text("#!/bin/sh\ntouch %s/asked; echo x\n" % activate.bin)
     prompt.chmod(0o755)
     env = {"GIT_ASKPASS": str(prompt), "SSH_ASKPASS": str(prompt), "DISPLAY": ":0"}
-    result = activate("r", env=env, timeout=60)
+    result = activate("r", env=env, timeout=300)
     assert (result.status, result.last) == (
         1,
         "slave-activate: could not read Username for '%s': terminal prompts disabled; "
@@ -427,12 +427,12 @@ def test_a_hook_that_is_not_executable_is_named_and_has_failed(activate, upstrea
 def test_what_a_hook_has_started_lives_on_and_holds_nothing(activate, upstream, tmp_path):
     upstream.create("r")
     pid = tmp_path / "pid"
-    activate.hook("post-update", "[ -e %s ] || { sleep 60 & echo $! >%s; }\n" % (pid, pid))
+    activate.hook("post-update", "[ -e %s ] || { sleep 1000 & echo $! >%s; }\n" % (pid, pid))
     process = activate.start("r", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     assert process.wait(60) == 0
     daemon = int(pid.read_text())
     try:
-        assert activate.good("r", timeout=60)
+        assert activate.good("r", timeout=300)
         assert os.path.exists("/proc/%d" % daemon)
         fds = [
             os.readlink("/proc/%d/fd/%s" % (daemon, fd))
@@ -456,7 +456,7 @@ def test_runs_at_the_same_time_take_turns(activate, upstream):
     )
     last = repo.commit({"f": "2"})
     runs = [activate.start("r") for _ in range(4)]
-    ends = [run.communicate(timeout=60) + (run.returncode,) for run in runs]
+    ends = [run.communicate(timeout=300) + (run.returncode,) for run in runs]
     assert [end[2] for end in ends] == [0] * 4, ends
     assert sum(end[0].decode().startswith("r %s " % last) for end in ends) == 4
     waiting = b"slave-activate: waiting for the lock '%s'\n" % os.fsencode(
@@ -469,15 +469,15 @@ def test_runs_at_the_same_time_take_turns(activate, upstream):
 def test_other_repositories_do_not_wait(activate, upstream):
     upstream.create("r")
     upstream.create("other")
-    activate.hook("pre-update", '[ "$1" != r ] || { touch %s/in; sleep 60; }\n' % activate.bin)
+    activate.hook("pre-update", '[ "$1" != r ] || { touch %s/in; sleep 1000; }\n' % activate.bin)
     slow = activate.start("r")
     wait_until(lambda: (activate.bin / "in").exists())
     try:
-        assert activate("other", timeout=60).status == 0
+        assert activate("other", timeout=300).status == 0
         assert slow.poll() is None
     finally:
         os.killpg(slow.pid, 15)
-        slow.communicate(timeout=60)
+        slow.communicate(timeout=300)
 
 
 def test_nobody_reading_its_output_changes_nothing(activate, upstream):

@@ -58,7 +58,7 @@ def test_kill_9_at_any_moment(activate, upstream, victim):
         process = activate.start("r")
         time.sleep(rng.uniform(0, took * 1.1))
         victim(process, rng)
-        process.communicate(timeout=60)
+        process.communicate(timeout=300)
         head = activate.head()
         assert head in (old, new), number
         if head == old:
@@ -90,7 +90,7 @@ def test_a_killed_shell_leaves_no_git_that_writes_later(activate, upstream, http
 
 def check_term(activate, process, old, new, before):
     """What a run that was sent TERM or INT must have done; whether it was interrupted."""
-    result = finish(process, timeout=60)
+    result = finish(process, timeout=300)
     status, out, err = result.status, result.out, result.err
     assert status in (0, 1, -signal.SIGTERM, -signal.SIGINT), (status, err)
     if status == 0:
@@ -181,7 +181,7 @@ def test_term_while_it_waits_for_the_lock(activate, upstream):
     upstream.create("r")
     activate.good("r")
     marker = activate.bin / "in-hook"
-    activate.hook("pre-update", "touch %s; exec sleep 60\n" % marker)
+    activate.hook("pre-update", "touch %s; exec sleep 1000\n" % marker)
     first = activate.start("r")
     wait_until(marker.exists)
     for shell in ("dash", "busybox ash", "bash"):
@@ -189,11 +189,11 @@ def test_term_while_it_waits_for_the_lock(activate, upstream):
         wait_until(lambda pid=second.pid: "flock" in commands(descendants(pid)))
         below = descendants(second.pid)
         second.terminate()
-        result = finish(second, timeout=60)
+        result = finish(second, timeout=300)
         assert (result.status, result.last) == (1, "slave-activate: interrupted"), result
         wait_until(lambda pids=below: not [pid for pid in pids if is_alive(pid)])
     os.killpg(first.pid, signal.SIGTERM)
-    assert finish(first, timeout=60).status == 1
+    assert finish(first, timeout=300).status == 1
 
 
 def commands(pids):
@@ -247,19 +247,19 @@ def test_term_in_the_hooks(activate, upstream):
     first, _ = activate.good("r")
     before = snapshot(activate.live())
     marker = activate.bin / "in-hook"
-    hook = activate.hook("pre-update", "touch %s; exec sleep 60\n" % marker)
+    hook = activate.hook("pre-update", "touch %s; exec sleep 1000\n" % marker)
     process = activate.start("r")
     wait_until(marker.exists)
     process.terminate()
     assert check_term(activate, process, first, None, before)
     hook.unlink()
     marker.unlink()
-    activate.hook("post-update", "touch %s; exec sleep 60\n" % marker)
+    activate.hook("post-update", "touch %s; exec sleep 1000\n" % marker)
     second = repo.commit({"new": "1"})
     process = activate.start("r")
     wait_until(marker.exists)
     process.terminate()
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert (process.returncode, out.decode()) == (3, "r %s %s\n" % (second, first))
     assert err == b"slave-activate: live, but post-update hook failed (143)\n"
     assert (activate.head(), activate.leftovers()) == (second, [])
@@ -475,7 +475,7 @@ def test_it_stays_alone_on_a_terminal_too(activate, upstream):
     upstream.create("r")
     activate.good("r")
     before = snapshot(activate.live())
-    activate.hook("pre-update", "touch %s; sleep 60\n" % (activate.bin / "in-hook"))
+    activate.hook("pre-update", "touch %s; sleep 1000\n" % (activate.bin / "in-hook"))
     master, slave = os.openpty()
     process = subprocess.Popen(
         ["setsid", "--ctty", str(activate.script), "r"],

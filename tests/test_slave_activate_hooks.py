@@ -229,7 +229,7 @@ def test_a_hook_that_ignores_term_is_killed(activate, tmp_path, shell):
     """And what it has started, in its grace of five seconds."""
     pids = tmp_path / "pids"
     activate.hook(
-        "post-update", "trap '' TERM\nsleep 60 & echo $$ $! >%s\nwait; sleep 60\n" % pids
+        "post-update", "trap '' TERM\nsleep 1000 & echo $$ $! >%s\nwait; sleep 1000\n" % pids
     )
     process = activate.start("r", prefix=shell.split())
     wait_until(lambda: pids.exists() and pids.read_text().count(" "))

@@ -72,7 +72,7 @@ def test_over_many_updates_a_reader_sees_whole_trees_and_packs_stay_few(
         assert activate.good("r")[0] == commit
         packs.append(len(activate.packs()))
     stop.write_text("")
-    seen = eval(reader.communicate(timeout=60)[0])  # a dict of numbers
+    seen = eval(reader.communicate(timeout=300)[0])  # a dict of numbers
     assert reader.returncode == 0
     assert seen["rounds"] > UPDATES, seen
     assert (seen["missing"], seen["mixed"], seen["not_folder"]) == (0, 0, 0), seen

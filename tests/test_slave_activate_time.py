@@ -60,7 +60,7 @@ def test_an_upstream_that_hangs(activate, http_upstream, shell):
 
 @pytest.mark.parametrize("shell", SHELLS)
 def test_a_pre_update_that_hangs(late, shell):
-    late.hook("pre-update", "echo thinking; touch %s; sleep 60\n" % late.now)
+    late.hook("pre-update", "echo thinking; touch %s; sleep 1000\n" % late.now)
     result = late("r", prefix=shell.split())
     assert (result.status, result.out) == (1, ""), result
     assert "TIMEOUT (60 s) is over" in result.err
@@ -73,7 +73,7 @@ def test_a_pre_update_that_hangs(late, shell):
 def test_a_post_update_that_hangs(late, repo, tmp_path, shell, ignores):
     """What it has started is ended too."""
     pids = tmp_path / "pids"
-    hangs = "sleep 60 & echo $! $$ >%s; touch %s; wait; sleep 60\n" % (pids, late.now)
+    hangs = "sleep 1000 & echo $! $$ >%s; touch %s; wait; sleep 1000\n" % (pids, late.now)
     late.hook("post-update", ignores + hangs)
     result = late("r", prefix=shell.split())
     assert (result.status, result.out) == (3, "r %s -\n" % repo.head()), result
@@ -96,7 +96,7 @@ def is_running(pid):
 @pytest.mark.parametrize("shell", SHELLS)
 def test_who_has_the_lock_is_told(activate, shell):
     marker = activate.bin / "in-hook"
-    activate.hook("pre-update", "touch %s; sleep 60\n" % marker)
+    activate.hook("pre-update", "touch %s; sleep 1000\n" % marker)
     holder = activate.start("r", env={"SERVER_UPDATE_TIMEOUT": "100"})
     wait_until(marker.exists)
     result = activate("r", prefix=shell.split())
@@ -135,7 +135,7 @@ def pids_in_session(session):
 
 def test_a_kill_leaves_the_lock_free(activate):
     marker = activate.bin / "in-hook"
-    hook = activate.hook("pre-update", "touch %s; sleep 60\n" % marker)
+    hook = activate.hook("pre-update", "touch %s; sleep 1000\n" % marker)
     process = activate.start("r", env={"SERVER_UPDATE_TIMEOUT": "100"})
     wait_until(marker.exists)
     os.killpg(process.pid, signal.SIGKILL)
@@ -194,7 +194,7 @@ def test_nothing_is_left_to_process_1(activate, http_upstream, shell, how):
     elif how == "failed":
         http_upstream.fault = "404"
     elif how == "interrupted":
-        activate.hook("pre-update", "kill -TERM $(cat %s/r.lock); sleep 60\n" % activate.state)
+        activate.hook("pre-update", "kill -TERM $(cat %s/r.lock); sleep 1000\n" % activate.state)
     else:
         http_upstream.fault = "hang"
     result = activate("r", prefix=[sys.executable, "-c", REAPER, *shell.split()])
@@ -208,12 +208,12 @@ def test_a_forged_name_has_nobody_killed(activate, tmp_path):
     """A path with a newline in it, held open by anybody, that reads like another's open file."""
     activate.settings["TIMEOUT"] = "60"
     activate.good("r")
-    victim = subprocess.Popen(["sleep", "60"])
+    victim = subprocess.Popen(["sleep", "1000"])
     lock = activate.state / "r.lock"
     forged = tmp_path / ("a\nb/proc/%d/fd/6 -> " % victim.pid) / str(lock)[1:]
     forged.parent.mkdir(parents=True)
     forged.write_text("")
-    holder = subprocess.Popen(["sh", "-c", 'exec sleep 60 6<"$1"', "sh", str(forged)])
+    holder = subprocess.Popen(["sh", "-c", 'exec sleep 1000 6<"$1"', "sh", str(forged)])
     try:
         wait_until(lambda: has_open(holder.pid, forged))
         (activate.state / "r.log").write_text("as a killed run leaves it")
@@ -302,7 +302,7 @@ def test_a_file_of_the_same_name_elsewhere_has_nobody_killed(activate, tmp_path)
     activate.good("r")
     lock = activate.state / "r.lock"
     (tmp_path / "other").write_text("")
-    script = 'mount --bind "$1" "$2"; exec sleep 60 6<"$2"'
+    script = 'mount --bind "$1" "$2"; exec sleep 1000 6<"$2"'
     command = ["unshare", "-m", "sh", "-ec", script, "sh", str(tmp_path / "other"), str(lock)]
     outlives_an_update(activate, command, lambda pid: has_open(pid, lock))
 
@@ -314,7 +314,7 @@ def test_another_users_process_is_not_killed(activate):
     activate.settings["TIMEOUT"] = "60"
     activate.good("r")
     lock = activate.state / "r.lock"
-    script = 'exec setpriv --reuid=12345 --clear-groups sleep 60 6<"$1"'
+    script = 'exec setpriv --reuid=12345 --clear-groups sleep 1000 6<"$1"'
     outlives_an_update(
         activate,
         ["sh", "-c", script, "sh", str(lock)],
@@ -340,7 +340,7 @@ def slow_rm(late, tmp_path):
     fake = tmp_path / "fake"
     fake.mkdir()
     (fake / "rm").write_text(
-        '#!/bin/sh\ncase "$*" in -rf*r.new*) : >"%s"; exec sleep 60 ;; esac\nexec %s "$@"\n'
+        '#!/bin/sh\ncase "$*" in -rf*r.new*) : >"%s"; exec sleep 1000 ;; esac\nexec %s "$@"\n'
         % (late.now, shutil.which("rm"))
     )
     (fake / "rm").chmod(0o755)

@@ -214,7 +214,7 @@ def test_a_silent_upstream_has_all_of_timeout(activate, repo, http_upstream):
     assert process.poll() is None, process.communicate()
     http_upstream.faults_at = {}
     http_upstream.fault = None
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert (process.returncode, out.decode().split()[1]) == (0, second), err
 
 

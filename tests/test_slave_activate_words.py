@@ -115,7 +115,7 @@ def test_settings_that_are_no_file(activate, tmp_path, kind):
     if kind == "fifo":
         path = str(tmp_path / "fifo")
         os.mkfifo(path)
-    result = activate("r", env={"SERVER_UPDATE_CONF": path}, timeout=60)
+    result = activate("r", env={"SERVER_UPDATE_CONF": path}, timeout=300)
     assert (result.status, result.last) == (
         2,
         "slave-activate: can't read '%s': it is no file" % path,

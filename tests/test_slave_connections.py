@@ -23,7 +23,7 @@ REFUSALS = 1500
 BUSY_CPU_S = 1  # of 2; who waits takes hardly any
 
 
-def connect(port, timeout=60):
+def connect(port, timeout=300):
     return socket.create_connection(("127.0.0.1", port), timeout)
 
 

@@ -363,7 +363,7 @@ def test_odd_requests(idle_slave, data, status):
 
 def test_pipelined_requests_and_one_write_an_answer(start_slave):
     slave = start_slave()
-    connection = http.client.HTTPConnection("127.0.0.1", slave.port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", slave.port, timeout=300)
     connection.connect()
     times = []
     for _ in range(50):
@@ -449,7 +449,7 @@ def test_a_real_browser_shows_the_served_file(start_slave, tmp_path):
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        timeout=60,
+        timeout=300,
     )
     shown = done.stdout.decode("utf-8")
     assert "<title>Hanuman lives</title>" in shown, done.stderr.decode()[-2000:]

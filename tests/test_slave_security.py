@@ -71,7 +71,7 @@ def test_the_page_signs_with_curl_and_a_shell(signed_slave, tmp_path):
     ):
         assert script.count(shown) == 1
         script = script.replace(shown, here)
-    done = subprocess.run(["sh", "-ec", script], stdout=subprocess.PIPE, check=True, timeout=60)
+    done = subprocess.run(["sh", "-ec", script], stdout=subprocess.PIPE, check=True, timeout=300)
     assert json.loads(done.stdout.decode())["repo"] == "hanuman"
     wait_runs(signed_slave, 1)
 
@@ -567,7 +567,7 @@ def test_a_renewed_certificate_is_taken_on_sighup(start_slave, authority, tmp_pa
     stand_in(slave, 'until [ -e "$HOME/go" ]; do sleep 0.02; done')
     context = ssl.create_default_context(cafile=str(authority.cert))
     context.check_hostname = False
-    kept = http.client.HTTPSConnection("127.0.0.1", slave.port, timeout=60, context=context)
+    kept = http.client.HTTPSConnection("127.0.0.1", slave.port, timeout=300, context=context)
     kept.request("GET", "/?repo=hanuman")
     update = json.loads(kept.getresponse().read().decode())["update"]
     with pytest.raises(ssl.SSLError):

@@ -48,7 +48,7 @@ def queued_record(repo="hanuman", **changes):
 # -- every accepted update ends
 
 OTHER_USER = """#!/bin/sh
-setpriv --reuid=%d --clear-groups sh -c 'echo $$; exec sleep 60' >"%s" &
+setpriv --reuid=%d --clear-groups sh -c 'echo $$; exec sleep 1000' >"%s" &
 until [ -s "%s" ]; do sleep 0.02; done
 echo "$1 %s -"
 %s
@@ -66,7 +66,7 @@ def test_what_runs_as_another_user_is_left_and_the_update_ends(start_slave, tmp_
     assert (record["state"], record["message"]) == ("live", "")
     wait_until(lambda: "as another user can't be ended, and is left" in slave.log())
     os.kill(int(pid.read_text()), 9)
-    text = '#!/bin/sh\necho $$ >"%s"\nexec setpriv --reuid=%d --clear-groups sleep 60\n'
+    text = '#!/bin/sh\necho $$ >"%s"\nexec setpriv --reuid=%d --clear-groups sleep 1000\n'
     stand_in(slave, text=text % (pid, NOBODY))
     record = slave.wait_update()
     assert record["state"] == "failed"
@@ -141,8 +141,8 @@ def test_a_record_that_is_no_file_holds_up_nobody(start_slave):
     (slave.state / "folder.json").mkdir()
     slave.start()
     assert slave.wait_update()["state"] == "live"
-    assert slave.get("/?repo=fifo", timeout=60)[0] == 503
-    assert slave.get("/?repo=folder", timeout=60)[0] == 503
+    assert slave.get("/?repo=fifo", timeout=300)[0] == 503
+    assert slave.get("/?repo=folder", timeout=300)[0] == 503
 
 
 def test_what_a_newer_version_wrote_keeps_what_this_one_understands(start_slave):
@@ -348,12 +348,12 @@ def test_nothing_waits_for_a_fifo(start_slave, upstream, name):
         (tree / ".git" / "refs" / "heads" / "main").unlink()
     os.mkfifo(str(path))
     began = time.monotonic()
-    slave.json("/status?repo=hanuman", timeout=60)
-    slave.json("/status", timeout=60)
+    slave.json("/status?repo=hanuman", timeout=300)
+    slave.json("/status", timeout=300)
     assert time.monotonic() - began < 40
     if name == "HEAD":
         stand_in(slave, text="#!/bin/sh\nexit 1\n")
-        assert slave.wait_update(timeout=60)["commit"] is None
+        assert slave.wait_update(timeout=300)["commit"] is None
     assert slave.stop() == 0
 
 
@@ -390,7 +390,7 @@ def test_an_id_that_is_no_longer_remembered_is_404(start_slave):
 
 def test_a_replaced_id_is_answered_by_its_successor_also_after_a_restart(start_slave):
     slave = start_slave()
-    stand_in(slave, "sleep 60")
+    stand_in(slave, "sleep 1000")
     slave.signal()
     wait_runs(slave, 1)
     replaced = [slave.signal() for _ in range(3)]

@@ -127,7 +127,7 @@ def test_a_post_update_hook_that_failed(start_slave, line, hook):
 
 def test_a_post_update_hook_that_the_slave_had_to_end(start_slave):
     slave = start_slave(TIMEOUT=1, constants=SOON_ENDED)
-    stand_in(slave, text=ENDS + "exec sleep 60\n")
+    stand_in(slave, text=ENDS + "exec sleep 1000\n")
     record = slave.wait_update()
     assert (record["state"], record["hook"]) == ("live", 128 + 15)
 

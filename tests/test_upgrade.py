@@ -14,7 +14,7 @@ HELD = """#!/bin/sh
 touch "$HOME/begun"
 until [ -e "$HOME/go" ]; do sleep 0.05; done
 """
-TIMEOUT_S = 120
+TIMEOUT_S = 300
 
 
 class Upgrade:

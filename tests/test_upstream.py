@@ -12,7 +12,7 @@ def clone(url, folder, *options):
         ["git", "clone", "-q", *options, url, str(folder)],
         stderr=subprocess.PIPE,
         universal_newlines=True,
-        timeout=60,
+        timeout=300,
     )
     return done.returncode, done.stderr
 

@@ -9,7 +9,7 @@ from collections import namedtuple
 
 from product import ISOLATED, SOURCES, copy_scripts, set_constants
 
-TIMEOUT_S = 60
+TIMEOUT_S = 300
 
 
 class Update:

@@ -168,7 +168,7 @@ class Master:
             elif line["type"] == "summary":
                 self.summary = line
 
-    def wait(self, timeout=60):
+    def wait(self, timeout=300):
         """Wait for its end; the exit status."""
         status = self.process.wait(timeout)
         self.reader.join(10)

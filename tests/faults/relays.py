@@ -109,7 +109,7 @@ class SignedSlave(FleetSlave):
 
     killed_children = 0  # single ones, in all rounds so far
 
-    def get(self, path, headers=None, method="GET", timeout=40):
+    def get(self, path, headers=None, method="GET", timeout=120):
         """One signed request, not by way of the proxy: (status, headers, body as bytes)."""
         signed = dict(signature(path, method=method), **(headers or {}))
         return super().get(path, signed, method, timeout)

@@ -75,7 +75,7 @@ class Place:
     def activate(self, *args):
         """slave-activate by hand to its end: (exit status, output)."""
         process = self.start_activate(*args)
-        output = process.communicate(timeout=60)[0]
+        output = process.communicate(timeout=300)[0]
         return process.returncode, output
 
     def hook(self, name, text):
@@ -88,7 +88,7 @@ class Place:
         done = subprocess.run(
             [*ISOLATED, str(self.bin / "server-update"), "--list", "-", "--retries", "0",
              *options, "site"], input="\n".join(entries) + "\n", stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, universal_newlines=True, timeout=60)
+            stderr=subprocess.STDOUT, universal_newlines=True, timeout=300)
         return done.returncode, done.stdout
 
     def close(self):
@@ -203,7 +203,7 @@ def the_next_run_sweeps_what_a_killed_one_left(place):
     commit = place.repo.head()
     place.hook("pre-update", "kill -9 0\n")
     process = place.start_activate()
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     assert process.returncode == -signal.SIGKILL
     assert (place.home / "repos" / ".server-update" / "site.new").is_dir()
     (place.hooks / "pre-update").unlink()
@@ -246,7 +246,7 @@ def two_at_once_take_turns(place):
     text = "mkdir '{busy}' || echo >'{overlap}'\nsleep 0.3\nrmdir '{busy}'\n"
     place.hook("pre-update", text.format(busy=busy, overlap=overlap))
     running = [place.start_activate() for _ in range(3)]
-    outputs = [process.communicate(timeout=60)[0] for process in running]
+    outputs = [process.communicate(timeout=300)[0] for process in running]
     assert [process.returncode for process in running] == [0, 0, 0], outputs
     assert not overlap.exists()
 
@@ -506,7 +506,7 @@ class Forge:
         key = key or hook_key(repo)
         proof = hmac.new(key, text, "sha256").hexdigest()
         headers = {"X-Hub-Signature-256": "sha256=" + proof, "X-GitHub-Event": "push"}
-        request = http.client.HTTPConnection("127.0.0.1", self.relay.port, timeout=60)
+        request = http.client.HTTPConnection("127.0.0.1", self.relay.port, timeout=300)
         try:
             request.request("POST", "/hook?repo=" + repo, text, headers)
             return request.getresponse().status
