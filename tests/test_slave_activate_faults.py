@@ -470,6 +470,101 @@ def test_no_python_no_exchange_no_harm(activate, upstream, tmp_path):
     assert (snapshot(activate.live()), activate.leftovers()) == (before, [])
 
 
+# -- what makes the exchange, and waits until it is told to ---------------------------------
+
+
+def find_publisher(process):
+    """The number of the Python that a run has started beside its clone, once it is there."""
+
+    def find():
+        return [pid for pid in descendants(process.pid) if "RENAME_EXCHANGE" in commands([pid])]
+
+    return wait_until(find)[0]
+
+
+@pytest.fixture
+def in_hook(activate, upstream):
+    """Starts an update that waits in its pre-update hook until there is a file `go`; the Popen."""
+    repo = upstream.create("r")
+    activate.good("r")
+    repo.commit({"new": "1"})
+    reached, go = activate.bin / "reached", activate.bin / "go"
+    activate.hook(
+        "pre-update", "touch %s\nuntil [ -e %s ]; do sleep 0.02; done\n" % (reached, go)
+    )
+
+    started = []
+
+    def start(*args, **kwargs):
+        started.append(activate.start(*args, **kwargs))
+        wait_until(reached.exists)
+        return started[-1]
+
+    yield start
+    go.touch()  # what a killed one has left ends, too
+    for process in started:
+        process.wait(60)
+        process.stdout.close()
+        process.stderr.close()
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_killed_shell_has_nothing_exchanged(activate, in_hook, shell):
+    """All but the exchange is done: what waits for that ends at once, and the lock is free."""
+    before = snapshot(activate.live())
+    process = in_hook("r", prefix=shell.split())
+    publisher = find_publisher(process)
+    process.kill()
+    process.wait()
+    wait_until(lambda: not is_alive(publisher))
+    assert (activate.state / "r.new" / "new").exists()
+    assert snapshot(activate.live()) == before
+    (activate.hooks / "pre-update").unlink()
+    assert activate.good("r")
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_an_exchange_is_made_though_what_waits_for_it_was_killed(activate, in_hook, shell):
+    first = activate.head()
+    process = in_hook("r", prefix=shell.split())
+    kill(find_publisher(process))
+    (activate.bin / "go").touch()
+    result = finish(process, timeout=60)
+    assert (result.status, result.err) == (0, ""), result
+    assert result.out.split()[2] == first != activate.head()
+    assert activate.leftovers() == []
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_file_system_without_named_pipes(activate, upstream, tmp_path, shell):
+    """Nothing waits beside the clone then; it is started when it is needed."""
+    upstream.create("r")
+    fake = tmp_path / "fake"
+    fake.mkdir()
+    (fake / "mkfifo").write_text("#!/bin/sh\necho refused >&2\nexit 1\n")
+    (fake / "mkfifo").chmod(0o755)
+    activate.path = "%s:%s" % (fake, os.environ["PATH"])
+    for _ in range(2):
+        activate.good("r", prefix=shell.split())
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+def test_nothing_waits_after_a_failure(activate, upstream, http_upstream, shell, signum):
+    """TERM and KILL, to the shell alone, while upstream says nothing."""
+    activate.settings["BASE_URL"] = http_upstream.url
+    http_upstream.fault = "hang"
+    process = activate.start("r", prefix=shell.split())
+    wait_until(lambda: http_upstream.requests)
+    publisher = find_publisher(process)
+    process.send_signal(signum)
+    process.wait()
+    wait_until(lambda: not is_alive(publisher))
+    if signum == signal.SIGKILL:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
 def test_it_stays_alone_on_a_terminal_too(activate, upstream):
     """Ctrl-C goes to the whole foreground group of a terminal."""
     upstream.create("r")

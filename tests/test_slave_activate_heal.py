@@ -293,7 +293,7 @@ def test_a_state_folder_that_is_a_link_leads_to_no_other_live_folder(activate, u
     assert (tmp_path / "vault" / "r" / "precious").exists()
 
 
-@pytest.mark.parametrize("name", daily(1, ["r.new", "r.log", "r.old"]))
+@pytest.mark.parametrize("name", daily(1, ["r.new", "r.log", "r.words", "r.old"]))
 def test_a_dangling_link_in_the_state_folder_is_swept(activate, live, tmp_path, name):
     (activate.state / name).symlink_to(tmp_path / "outside")
     activate.good("r")
