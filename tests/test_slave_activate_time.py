@@ -85,6 +85,63 @@ def test_a_post_update_that_hangs(late, repo, tmp_path, shell, ignores):
         wait_until(lambda pid=pid: not is_running(pid))
 
 
+# Each is ended by TERM and exits 0 all the same; the file says that it was reached.
+WELL_BEHAVED = {
+    "sh": """#!/bin/sh
+trap "exit 0" TERM
+sleep 1000 & touch %s
+wait
+exit 1
+""",
+    "python": """#!%s
+import signal, sys
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+open("%%s", "w").close()
+while True:
+    signal.pause()
+""" % PYTHON,
+}
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize("language", sorted(WELL_BEHAVED))
+def test_a_pre_update_that_is_ended_has_not_passed(late, repo, shell, language):
+    """What it says itself is not about the whole check."""
+    first, _ = late.good("r")
+    before = snapshot(late.live())
+    repo.commit({"f": "2"})
+    late.hook("pre-update", "").write_text(WELL_BEHAVED[language] % late.now)
+    result = late("r", prefix=shell.split())
+    assert (result.status, result.out) == (1, ""), result
+    assert result.last == "slave-activate: pre-update hook failed (143): TIMEOUT is over"
+    assert (snapshot(late.live()), late.leftovers()) == (before, [])
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize("language", sorted(WELL_BEHAVED))
+def test_a_post_update_that_is_ended_has_failed(late, repo, shell, language):
+    late.hook("post-update", "").write_text(WELL_BEHAVED[language] % late.now)
+    result = late("r", prefix=shell.split())
+    assert (result.status, result.out) == (3, "r %s -\n" % repo.head()), result
+    assert result.last == (
+        "slave-activate: live, but post-update hook failed (143): TIMEOUT is over"
+    )
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize("name, status", [("pre-update", 1), ("post-update", 3)])
+def test_a_hook_that_is_ended_by_a_term_has_failed(late, repo, tmp_path, shell, name, status):
+    ready = tmp_path / "ready"
+    late.hook(name, "").write_text(WELL_BEHAVED["sh"] % ready)
+    process = late.start("r", prefix=shell.split())
+    wait_until(ready.exists)
+    process.terminate()
+    result = finish(process, 60)
+    last = "interrupted" if status == 1 else "live, but post-update hook failed (143)"
+    assert (result.status, result.last) == (status, "slave-activate: " + last), result
+    assert late.live().exists() == (status == 3)
+
+
 def is_running(pid):
     try:
         with open("/proc/%s/stat" % pid) as stat:
