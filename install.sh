@@ -18,8 +18,9 @@
 #   --version        print the version
 #   -h, --help       print this
 #
-# To upgrade run it again: it replaces what differs, and restarts the slave only then. With
-# DESTDIR=FOLDER in the environment all goes below FOLDER, and no service is touched.
+# To upgrade run it again: it replaces what differs, and restarts the slave only then, or where
+# slave.conf has been changed since it started. With DESTDIR=FOLDER in the environment all goes
+# below FOLDER, and no service is touched.
 # Exit status: 0 done, or nothing to do; 1 failed; 2 usage or a bad setting, nothing was touched.
 set -euf
 unset CDPATH
@@ -760,12 +761,44 @@ service() { # is-enabled, is-active, is-stopped, enable, disable, start, stop or
   esac
 }
 
+# slave.py reads slave.conf when it starts, and not again. When that was is known by its process
+# from systemd, by a link from OpenRC. Compared is when the file was changed in any way (ctime), as
+# one that is copied or moved here may have an old date. A time to come is the clock's mistake.
+has_older_settings() {
+  started=/run/openrc/started/$SERVICE
+  if [ $manager = systemd ]; then
+    started=/proc/$(systemctl show -p MainPID --value $SERVICE)/stat
+  fi
+  python3 -c '
+import os, sys, time
+
+def read_start(path): # in seconds since 1970; see proc(5) for the 22nd field, in ticks since boot
+    if not path.startswith("/proc/"):
+        return os.lstat(path).st_ctime
+    with open(path) as fields:
+        ticks = 1 + int(fields.read().rpartition(")")[2].split()[19])
+    booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+    return booted + ticks / os.sysconf("SC_CLK_TCK")
+
+conf, started = sys.argv[1:]
+try:
+    changed = max(os.stat(conf).st_ctime, os.lstat(conf).st_ctime)
+    sys.exit(not read_start(started) < changed < time.time())
+except OSError: # it has just ended
+    sys.exit(1)
+' "$conf" "$started"
+}
+
 start_service() {
   if ! service is-enabled; then
     act enable enabled "the service $SERVICE" service enable
   fi
   # A run before this one may have ended between a change and the restart.
   if [ -e "$PENDING" ]; then
+    restart=yes
+  fi
+  if service is-active && has_older_settings; then
+    say "$conf has been changed since slave.py started"
     restart=yes
   fi
   if [ -n "$restart" ] && [ $manager = systemd ]; then
@@ -1101,6 +1134,9 @@ say_what_runs() {
       say "  $start_command"
     elif [ -n "$no_start" ]; then
       say "The service $SERVICE is left as it was."
+      if service is-active && has_older_settings; then
+        say "$conf has been changed since slave.py started: restart it."
+      fi
     else
       say "slave.py runs as $user on port $port, with its clones in $repos; its log: $log"
     fi

@@ -347,12 +347,15 @@ need() { :; }
 use() { :; }
 checkpath() { touch "$6"; }
 . "$1"
+started=/run/openrc/started/${1##*/}
 case $2 in
   start)
     start_pre
     eval "set -- $command $command_args"
     "$@" </dev/null >/dev/null 2>>"$error_log" &
-    echo $! >"$pidfile" ;;
+    echo $! >"$pidfile"
+    mkdir -p "${started%/*}"
+    ln -sfn "$1" "$started" ;;
   stop) kill "$(cat "$pidfile")"; while "$0" "$1" status; do sleep 0.1; done ;;
   restart) "$0" "$1" stop; exec "$0" "$1" start ;;
   status) read -r pid 2>/dev/null <"$pidfile" && grep -q '^State:.[^Z]' "/proc/$pid/status" ;;
@@ -369,12 +372,45 @@ esac
 }
 
 
+def put_openrc(machine):
+    for name, text in OPENRC.items():
+        machine.path(name).write_text(text)
+        machine.path(name).chmod(0o755)
+
+
+def see_a_changed_slave_conf_taken(machine, find_pid, install):
+    """What runs has the settings that are told, also where nothing of ours was replaced."""
+    conf, first = "/etc/server-update/slave.conf", find_pid()
+    changed = "%s has been changed since slave.py started" % conf
+    text = machine.path(conf).read_text() + "REPOS_DIR=/srv/other\nSLAVELIST=%s\n"
+    # As a copy that keeps its time: what makes it new is that it came here.
+    machine.path(conf + ".copy").write_text(text % "/etc/server-update/slavelist.txt")
+    machine.check("touch", "-d", "2020-01-01", conf + ".copy")
+    machine.check("mv", conf + ".copy", conf)
+    out = install("slave", "--dry-run")
+    assert changed + "\nwould" in out and "would restart the service" in out
+    out = install("slave", "--no-start")
+    assert "left as it was.\n%s: restart it.\n" % changed in out
+    assert find_pid() == first
+    out = install("relay", "web1", "--repo", "hanuman")
+    assert changed + "\n" in out and "restarted the service %s\n" % SERVICE in out
+    assert "with its clones in /srv/other;" in out
+    second = find_pid()
+    assert second not in (first, "0")
+    assert "changed since" not in install("slave")
+    assert "Nothing had to be changed" in install("slave")
+    machine.check("touch", conf)
+    assert "restarted the service %s\n" % SERVICE in install("slave")
+    assert find_pid() not in (first, second)
+    machine.check("touch", "-d", "2100-01-01", conf)
+    install("slave")
+    assert "Nothing had to be changed" in install("slave")
+
+
 def test_the_openrc_service_starts_and_restarts_only_on_change(machine):
     bare = machine("bookworm")
     env = put_busybox_first(bare)
-    for name, text in OPENRC.items():
-        bare.path(name).write_text(text)
-        bare.path(name).chmod(0o755)
+    put_openrc(bare)
     upstream = make_upstream(bare)
     before = list_files(bare)
 
@@ -399,6 +435,21 @@ def test_the_openrc_service_starts_and_restarts_only_on_change(machine):
     assert "stopped %s\ndisabled %s\n" % (SERVICE, SERVICE) in out
     left = {name for name in list_files(bare) - before if not name.startswith("/root/repos/")}
     assert left == {log, "/etc/server-update/slave.conf", "/etc/server-update/slavelist.txt"}
+
+
+def test_the_openrc_service_has_the_settings_of_a_slave_conf_that_was_edited(machine):
+    bare = machine("bookworm")
+    env = put_busybox_first(bare)
+    put_openrc(bare)
+
+    def install(*args):
+        return bare.check("./install.sh", *args, env=env, cwd=CHECKOUT)
+
+    def find_pid():
+        return bare.path("/run/%s.pid" % SERVICE).read_text().strip()
+
+    install("slave", "--base-url", "/srv/up")
+    see_a_changed_slave_conf_taken(bare, find_pid, install)
 
 
 # --- with systemd ---
@@ -463,6 +514,14 @@ def test_the_service_starts_restarts_only_on_change_and_comes_back(booted):
     assert "stopped %s\ndisabled %s\n" % (SERVICE, SERVICE) in out
     assert out.endswith("the clones in /home/alice/repos\n")
     assert booted.run("systemctl", "cat", SERVICE).returncode == 1
+
+
+def test_the_service_has_the_settings_of_a_slave_conf_that_was_edited(booted):
+    def install(*args):
+        return booted.check("./install.sh", *args, cwd=CHECKOUT)
+
+    install("slave", "--user", "alice", "--base-url", "/srv/up")
+    see_a_changed_slave_conf_taken(booted, lambda: show(booted, "MainPID"), install)
 
 
 def test_an_upgrade_from_version_1_keeps_all_that_it_set_up(booted):
