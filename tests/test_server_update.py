@@ -162,6 +162,12 @@ def test_the_outcome_of_an_update(server_update):
         assert poll(server_update, body=record(state))[:3] == ("wait", "timeout", "")
 
 
+def test_nothing_live_is_no_success(server_update):
+    """A hook may have removed the tree, or upstream be empty: --status calls that failed, too."""
+    step = poll(server_update, body=new_record(commit=None))
+    assert step[:3] == ("end", "failed", server_update.NOTHING_LIVE)
+
+
 def test_a_hook_that_failed_is_no_success(server_update):
     """Nor where a slave of 1.0 says so: it has no `hook`, and a message for nothing else."""
     for status in (1, 126, 143, 0, "x"):

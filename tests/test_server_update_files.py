@@ -1,5 +1,6 @@
 """What server-update reads and writes: lists, secrets, --write-failed; mistakes send nothing."""
 
+import json
 import re
 import subprocess
 import time
@@ -36,6 +37,13 @@ def test_dry_run_sends_nothing_and_prints_a_list(farm, update, tmp_path):
     assert done.returncode == 0
     assert done.stdout.splitlines() == entries[:9]
     assert not farm.requests and not failed.exists()
+
+
+def test_dry_run_as_json(tmp_path):
+    (tmp_path / "list").write_text("web[1-2]\n")
+    command = [*SERVER_UPDATE, "--list", str(tmp_path / "list"), "--dry-run", "--json", "x"]
+    told = [json.loads(line) for line in subprocess.check_output(command).splitlines()]
+    assert told == [{"type": "slave", "slave": "web1"}, {"type": "slave", "slave": "web2"}]
 
 
 def test_write_failed_is_a_list_of_exactly_those_not_live(farm, update, tmp_path):

@@ -115,6 +115,13 @@ def test_one_slave_on_a_terminal(farm, tmp_path):
     assert re.search(r"\nto go back: \S+ --ref %s --list \S+ hanuman\r\n" % PREVIOUS, text)
 
 
+@pytest.mark.parametrize("columns", [1, 2])
+def test_a_terminal_with_no_room_breaks_nothing_off(farm, tmp_path, columns):
+    run = Run(tmp_path, [farm.add(updates(0.3))], columns=columns)
+    assert "Traceback" not in run.wait()
+    assert run.code == 0
+
+
 @pytest.mark.parametrize("columns", [80, 40])
 def test_three_slaves_on_a_terminal(farm, tmp_path, columns):
     run = Run(tmp_path, three(farm), columns=columns)

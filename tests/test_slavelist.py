@@ -46,8 +46,9 @@ def test_every_form(server_update, entry, origin, path, query):
         ("-web1", "bad host '-web1'"),
         ("web..1", "bad host 'web..1'"),
         ("web1,web2", "bad host 'web1,web2'"),
-        ("user@web1", "bad host 'user@web1'"),
-        ("http://user:secret@web1/", "bad port 'secret@web1'"),
+        ("user@web1", "a slave takes no user and password: write its host alone"),
+        ("user:secret@web1", "a slave takes no user and password: write its host alone"),
+        ("http://user:secret@web1/", "a slave takes no user and password: write its host alone"),
         ("a" * 64, "bad host '%s'" % ("a" * 64)),
         ("1.2.3.400", "bad host '1.2.3.400'"),
         ("1.2.3", "bad host '1.2.3'"),
@@ -82,9 +83,9 @@ def test_every_mistake(server_update, entry, message):
 def test_the_whole_list_is_read_and_each_mistake_is_told_with_its_line(server_update):
     with pytest.raises(ValueError) as caught:
         server_update.parse_slavelists(
-            [("l", b"web1\n# web2:80x\nweb2:80x\n\n  \nweb3\nuser@web4 # no")]
+            [("l", b"web1\n# web2:80x\nweb2:80x\n\n  \nweb3\nweb_4! # no")]
         )
-    assert str(caught.value) == "l:3: bad port '80x'\nl:7: bad host 'user@web4'"
+    assert str(caught.value) == "l:3: bad port '80x'\nl:7: bad host 'web_4!'"
 
 
 @pytest.mark.parametrize("data", [b"", b"\n", b"# web1\n\n   # web2", b"\xef\xbb\xbf"])
