@@ -62,7 +62,7 @@ VERSION = "2.0"
 
 # Updates
 MAX_RUNNING = 4  # side by side
-MAX_QUEUED = 100  # repositories with an update that waits
+MAX_QUEUED = 100  # repositories with an update that waits; those with a tree may be more
 MAX_ENDED = 10  # ended updates that are remembered, a repository
 MAX_WITHOUT_TREE = 1000  # repositories that are remembered although nothing is live
 INTERRUPTED = "interrupted three times by the slave's own end; signal again for another try"
@@ -156,7 +156,7 @@ def is_ref(text):
     """Whether `text` can be a branch, tag or commit: see git-check-ref-format(1), one level."""
     if not text or not text.isprintable():  # half a surrogate pair isn't, so all can be encoded
         return False
-    if len(text.encode("utf-8")) > MAX_REF_BYTES:
+    if len(text.encode()) > MAX_REF_BYTES:
         return False
     return REF_BAD_RE.search(text) is None
 
@@ -249,7 +249,7 @@ def escape(text):
     """`text` with all that could move a cursor or begin a line written as an escape."""
     for char in set(text):
         if not char.isprintable():
-            text = text.replace(char, char.encode("unicode_escape").decode("ascii"))
+            text = text.replace(char, char.encode("unicode_escape").decode())
     return text
 
 
@@ -308,8 +308,7 @@ class Throttle:
 
     No lock: where threads meet a line more or less is counted, and no harm is done."""
 
-    def __init__(self):
-        self.lines = 0
+    lines = 0
 
     def log(self, text):
         self.lines += 1
@@ -346,10 +345,8 @@ def parse_base_url(text):
 
 
 def parse_path(text):
-    path = expanduser(text)
-    if not path.startswith("/") or not path.isprintable():
-        raise ValueError(text)
-    return path
+    # As slave-activate reads it, which knows no other user's home.
+    return matching("/.*", expanduser(matching("~?/.*", text)))
 
 
 def parse_port(text):
@@ -425,13 +422,12 @@ def parse_setting(key, text, before="", after=""):
     """A setting's value; None where there is no text. The two others tell where it is from."""
     if not text:
         return None
-    value = []
     with suppress(ValueError):
         if text.isprintable():
             value = SETTINGS[key.partition(".")[0]].parse(text)
-    if value == []:
-        raise ValueError(f"{before}bad {key} '{escape(text)}'{after}")
-    return value
+            if value != []:
+                return value
+    raise ValueError(f"{before}bad {key} '{escape(text)}'{after}")
 
 
 def read_conf(path):
@@ -551,7 +547,9 @@ class Records(namedtuple("Records", "ended running queued counts",
         """The queued update runs; `live` is the commit that is live before it."""
         # When something went live last is known however many updates have failed since.
         lived = self.ended[-1].lived if self.ended else None
-        begun = self.queued._replace(state="running", started=now, commit=live, previous=live,
+        # What was live before this update, also where an earlier try has put something else live.
+        previous = self.queued.previous or live
+        begun = self.queued._replace(state="running", started=now, commit=live, previous=previous,
                                      lived=lived)
         return self._replace(running=begun, queued=None)
 
@@ -563,6 +561,8 @@ class Records(namedtuple("Records", "ended running queued counts",
         # What could not even begin ends all the same.
         begun = self if self.running else self.start(record.commit, now)
         done = begun.running._replace(finished=now, **changes)
+        if begun.running.previous != begun.running.commit:
+            done = done._replace(previous=begun.running.previous)
         if done.state == "live":
             done = done._replace(lived=now)
         # Who is bad beneath is told of the newest alone.
@@ -597,7 +597,7 @@ class Records(namedtuple("Records", "ended running queued counts",
         """The text of a record file: the newest one's fields, and the others as `earlier`."""
         *earlier, newest = [record._asdict() for record in self.all()]
         text = json.dumps(dict(newest, earlier=earlier))
-        return text.encode("ascii") + b"\n"
+        return text.encode() + b"\n"
 
 
 def is_number(value):
@@ -953,6 +953,9 @@ class Run:
     Until close() the process stays a zombie, so that its number can't be another group's."""
 
     is_stopping = False  # set once, for all: those that are under way are ended, none begins
+    unfinished = b""  # a line on stderr
+    stdout = b""  # the end of it
+    status = None  # as subprocess's returncode; None where it could not be ended
 
     def __init__(self, name, command, environ):
         """Starts it; OSError where it can't, Stopped where none may start any more.
@@ -962,9 +965,6 @@ class Run:
             raise Stopped
         self.name = name
         self.said = {}  # {kind of line: the last one}, see OUTPUT_KINDS
-        self.unfinished = b""  # a line on stderr
-        self.stdout = b""  # the end of it
-        self.status = None  # as subprocess's returncode; None where it could not be ended
         # A session of its own is a group of its own, too: signals reach all that it starts.
         self.process = Popen(
             command, env=environ, stdin=DEVNULL, stdout=PIPE,
@@ -1320,7 +1320,7 @@ ADVICE = dict(re.findall("(?m)^([a-z ]+): ?(.*)", ADVICE_TABLE))
 MAX_UNFOLDED = 3  # slaves beneath
 # The only style that a browser takes is the page's own, by its hash; scripts it takes none.
 PAGE_POLICY = ("default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
-               "style-src 'sha256-HZLH4bpYpAfkLthZE7fy4LQeAUmGEA7SnaFimUA73dQ='")
+               "style-src 'sha256-QvANIGNvS/orPOIvQACxOMF1wQL/FlX7MT+52u8nAQI='")
 PAGE_HEADERS = (("Content-Security-Policy", PAGE_POLICY), ("X-Content-Type-Options", "nosniff"),
                 ("Vary", "Accept"))
 STYLE = """
@@ -1360,7 +1360,6 @@ td.name, td.state { font-weight: 600; }
 .live .state { color: var(--good); }
 .failed td, .not td { background: var(--bad-paper); }
 .live em, .running em, .queued em, .bad-0 { display: none; }
-tr:only-child details::details-content { content-visibility: visible; display: block; }
 ul { margin: .2rem 0; padding-left: 1.1rem; }
 @media (max-width: 60rem) {
   body { padding: 1rem .75rem; }
@@ -1397,10 +1396,18 @@ def format_bad(slave):
 <i>{mark_up(slave["message"])}</i>"""
 
 
-def format_row(now):
-    """The row of a repository in the page's table."""
+def format_again(now):
+    """The command that asks for the same update again."""
+    options = [f"--{name} {shlex.quote(value)} "
+               for name, value in (("ref", now.ref), ("commit", now.pin)) if value]
+    return f"server-update {''.join(options)}{now.repo}"
+
+
+def format_row(now, most_unfolded):
+    """The row of a repository in the page's table, with so many slaves beneath not folded."""
     state = standing(now)
     bad = now.beneath_bad or ()
+    beneath = Counter(now.beneath)
     return f"""\
 <tr class="{state}">
 <td class="name" data-label="Repository"><a href="?repo={now.repo}">{now.repo}</a></td>
@@ -1412,14 +1419,14 @@ def format_row(now):
 {strftime("%Y-%m-%d %H:%M:%S", gmtime(now.finished or now.started or now.requested))}</td>
 <td class="by" data-label="By">{mark_up(now.by)}<i>{mark_up(now.note)}</i></td>
 <td class="message">{mark_up(now.message)}
-<em>{ADVICE[state]} <code>server-update {now.repo}</code></em>
-<details class="bad-{len(bad)}" {"" if len(bad) > MAX_UNFOLDED else "open"}>
-<summary>Not good, by name: {len(bad)}</summary><ul>{"".join(map(format_bad, bad))}</ul>\
-</details></td></tr>
+<em>{ADVICE[state]} <code>{mark_up(format_again(now))}</code></em>
+<details class="bad-{len(bad)}" {"" if len(bad) > most_unfolded else "open"}>
+<summary>Not good, by name: {len(bad)} of {sum(beneath.values()) - beneath["live"]}</summary>
+<ul>{"".join(map(format_bad, bad))}</ul></details></td></tr>
 """
 
 
-def format_page(records, host):
+def format_page(records, host, most_unfolded):
     """The page of these repositories, each its newest record as it looks now."""
     records.sort(key=lambda now: list(ADVICE).index(standing(now)))
     counts = Counter(map(standing, records))
@@ -1439,7 +1446,7 @@ def format_page(records, host):
 <thead><tr><th class="name">Repository<th class="state">State<th class="commit">Commit
 <th class="ref">Ref<th class="since">Since (UTC)<th class="by">By<th class="message">Message
 <tbody>
-{"".join(map(format_row, records))}</table>"""
+{"".join(format_row(now, most_unfolded) for now in records)}</table>"""
 
 
 def tell_all(records):
@@ -1507,10 +1514,11 @@ class Floor:
 class Nonces:
     """The nonces of the requests that one key has signed, each of which is taken once."""
 
+    floor = 0  # those signed by then are forgotten; for a start there is Floor
+
     def __init__(self):
         self.lock = Lock()
         self.taken = {}  # {nonce: when it was signed}
-        self.floor = 0  # those signed by then are forgotten; for a start there is Floor
 
     def take(self, nonce, when):
         """Refusal where it was taken before, or may have been."""
@@ -1536,12 +1544,13 @@ def can(what):
 class Guard:
     """Who may ask for what: by signature, address and repository. All checks raise Refusal."""
 
+    complaint = ""  # of a secret file that is no good by now
+
     def __init__(self, settings):
         """OSError or ValueError where something that says who may can't be looked at."""
         self.settings = settings
         self.path = settings["SECRET_FILE"] or f"{settings['CONFIG']}/secret"
         self.secrets = []
-        self.complaint = ""  # of a secret file that is no good by now
         # One key's flood takes nothing from another key.
         self.nonces = {}  # {secret: its Nonces}
         if settings["SECRET_FILE"] or not is_absent(self.path):
@@ -1648,8 +1657,8 @@ class Relay:
         # Its id is made once.
         path = f"{folder}/relay-id"
         if is_absent(path):
-            write_synced(path, os.urandom(8).hex().encode("ascii"))
-        self.id = read_file(path).decode("ascii")
+            write_synced(path, os.urandom(8).hex().encode())
+        self.id = read_file(path).decode()
         log(f"{self.count()} slaves beneath, of {self.slavelist}")
 
     def command(self, kind, repo, *pins):
@@ -1722,9 +1731,7 @@ class Updater:
         # waits for it.
         self.teller = ThreadPoolExecutor(1)
         self.teller.submit(time).result()
-        self.relay = None
-        if settings["SLAVELIST"]:
-            self.relay = Relay(settings, self.journal.folder)
+        self.relay = settings["SLAVELIST"] and Relay(settings, self.journal.folder)
         for repo in sorted(self.journal.records):
             self.take_up(repo)
 
@@ -1755,7 +1762,9 @@ class Updater:
         """Queues an update; its record, which is on disk then, or a Refusal."""
         if Run.is_stopping:
             raise Refusal(503, "this slave is stopping", RETRY_LATER)
-        if repo not in self.waiting and len(self.waiting) >= MAX_QUEUED:
+        is_full = repo not in self.waiting and len(self.waiting) >= MAX_QUEUED
+        # Strangers can make up any number of names, but no tree.
+        if is_full and not lexists(self.tree(repo)):
             raise Refusal(503, "too many updates are queued", RETRY_LATER)
         self.check_hook(repo)
         if self.relay and self.relay.id in (asked.get("via") or ""):
@@ -1918,10 +1927,6 @@ class Updater:
         """A signal's handler: it may come in the midst of another, so that it may take no lock."""
         log("stopping")
         Run.is_stopping = True
-
-    def has_stopped(self):
-        """Whether it was told to stop, and no update runs any more."""
-        return Run.is_stopping and not self.running
 
     def wait_for_end(self, repo, update, wait_s, check_peer):
         """Blocks until an update has ended or the slave stops, `wait_s` at most.
@@ -2334,6 +2339,7 @@ class Handler(Connection):
         if repo is None:
             looked = updater.look_at_all()
             answer = tell_all(looked)
+            most_unfolded = MAX_UNFOLDED
         else:
             if repo in updater.journal.unread:
                 raise Refusal(503, "its record can't be read", RETRY_LATER)
@@ -2345,12 +2351,14 @@ class Handler(Connection):
                 raise Refusal(404, "no such update was asked for here")
             looked = [record]
             answer = told(record)
+            most_unfolded = NEVER_S
         if repo and history == "1":
             records = updater.journal.recall(repo).all()
             answer = {"repo": repo, "updates": [told(one) for one in reversed(records)]}
         # What is liked best comes first, as all clients have it.
-        elif "text/html" in self.headers.get("Accept", "").partition("application/json")[0]:
-            answer = format_page(looked, self.headers.get("Host"))
+        elif "text/html" in self.headers.get(
+                "Accept", "").lower().partition("application/json")[0]:
+            answer = format_page(looked, self.headers.get("Host"), most_unfolded)
         self.send(200, answer, *PAGE_HEADERS, kind="text/html; charset=utf-8")
 
     def answer_metrics(self, **_):
@@ -2398,16 +2406,16 @@ class Server(http.server.ThreadingHTTPServer):
     allow_reuse_port = False  # a second slave on the same port is a mistake
     request_queue_size = 1024
     shutdown_request = http.server.socketserver.TCPServer.close_request  # see Connection.finish
+    tls = None  # where connections are to be wrapped
+    tended = 0  # when late connections were last looked for
 
     def __init__(self, updater, guard, served_file):
         """Listens; OSError or ValueError where it can't, or where the certificate is no good."""
         self.updater = updater
         self.guard = guard
         self.served_file = served_file
-        self.tls = None
         self.handlers = set()
         self.idle = []  # queues in which threads wait for another connection
-        self.tended = 0  # when late connections were last looked for
         self.throttle = Throttle()  # of what strangers cause
         self.read_certificate()
         port = updater.settings["PORT"]
@@ -2460,7 +2468,7 @@ class Server(http.server.ThreadingHTTPServer):
         while self.idle:
             self.idle.pop().put(None)
         self.updater.tend()
-        if self.updater.has_stopped():
+        if Run.is_stopping and not self.updater.running:
             raise Stopped  # by shutdown() this thread would wait for itself
 
     def get_request(self):

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import re
+import shlex
 import struct
 import time
 import zlib
@@ -32,7 +33,7 @@ HOSTILE = (
     "<script>document.title='x'</script><img src=//127.0.0.1:1/x onerror=alert(1)>\"'&amp;"
     "</table><style>*{display:none}</style><meta http-equiv=refresh content=0>%s%(x)s{}"
 )
-HIDDEN = "Not good, by name: 0"
+HIDDEN = "Not good, by name: 0 of 0"
 NOW = time.time()
 
 
@@ -62,7 +63,8 @@ def bad_slave(name, outcome="unreachable", message="no route to host"):
 
 
 def page(*rows):
-    return slave.format_page([slave.Record(**row) for row in rows], "web1:9999")
+    records = [slave.Record(**row) for row in rows]
+    return slave.format_page(records, "web1:9999", slave.MAX_UNFOLDED)
 
 
 class Cells(HTMLParser):
@@ -105,7 +107,8 @@ def test_a_row():
         "Ref": "v1.2",
         "Since": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(NOW - 3660)),
         "By": "root@masternew prices",
-        "Message": "server-update hanuman " + HIDDEN,  # this too: see what browsers show
+        # This too: see what browsers show.
+        "Message": "server-update --ref v1.2 hanuman " + HIDDEN,
     }
 
 
@@ -136,8 +139,18 @@ def test_a_row():
 def test_what_a_row_says(changes, state, advice):
     (row,) = rows_of(page(record(message="the record's own", **changes)))
     assert row["State"] == state
-    expected = "the record's own %s server-update hanuman %s" % (advice, HIDDEN)
+    bad = sum(changes.get("beneath", {}).values()) - changes.get("beneath", {}).get("live", 0)
+    hidden = HIDDEN.replace("of 0", "of %d" % bad)
+    expected = "the record's own %s server-update hanuman %s" % (advice, hidden)
     assert row["Message"].split() == expected.split()
+
+
+def test_the_advice_asks_for_what_was_asked_for():
+    pin = "1" * 40
+    told = record(state="failed", ref="v1'$(id)", pin=pin)
+    advice = rows_of(page(told))[0]["Message"].partition("mended: ")[2].partition(HIDDEN)[0]
+    expected = ["server-update", "--ref", "v1'$(id)", "--commit", pin, "hanuman"]
+    assert shlex.split(advice) == expected
 
 
 def test_what_is_wrong_comes_first_and_the_title_counts():
@@ -166,6 +179,10 @@ def test_slaves_beneath_are_folded_where_there_are_many():
     few = record("a", beneath={"failed": 3}, beneath_bad=[bad_slave("web1")] * 3)
     many = record("b", beneath={"failed": 4}, beneath_bad=[bad_slave("web1")] * 4)
     assert ["open" in fold for fold in folds(few, many)] == [True, False]
+    assert ["open" in fold for fold in folds(many)] == [False], "also where it is the only one"
+    named = [bad_slave("web1")]
+    (told,) = rows_of(page(record("b", beneath={"live": 9, "failed": 7}, beneath_bad=named)))
+    assert "Not good, by name: 1 of 7" in told["Message"]
     message = rows_of(page(few))[0]["Message"]
     assert message.endswith("web1 unreachable no route to host")
 
@@ -181,7 +198,7 @@ def test_hostile_texts_stay_texts():
         beneath_bad=[bad_slave(HOSTILE, HOSTILE, HOSTILE)],
     )
     good = record()
-    text = slave.format_page([slave.Record(**hostile)], HOSTILE)
+    text = slave.format_page([slave.Record(**hostile)], HOSTILE, slave.MAX_UNFOLDED)
     text.encode("utf-8")
     assert "\u202e" not in text
     expected = [tag for tag, _ in Cells(page(good)).tags] + ["li", "b", "i"]
@@ -468,7 +485,7 @@ def test_what_is_wrong_is_seen_first(browser, scenes, width):
 def test_a_fleet_has_each_bad_slave_by_name(browser, scenes, width):
     browser.open(scenes["relay"].url + "/status", width)
     assert texts(browser, "li") == [], "folded"
-    assert texts(browser, "summary") == ["Not good, by name: 25"]
+    assert texts(browser, "summary") == ["Not good, by name: 25 of 25"]
     browser.value("document.querySelector('summary').click()")
     shown = texts(browser, "li")
     assert shown[0] == "relay-berlin > web01.example.org:9999 unreachable no route to host"

@@ -251,6 +251,8 @@ def test_too_many_queued_is_503(start_slave, upstream):
         {"error": "too many updates are queued"},
     )
     assert slave.get("/?repo=r103")[0] == 202, "one that waits already takes no more room"
+    (slave.repos / "site").mkdir()
+    assert slave.get("/?repo=site")[0] == 202, "who makes up names keeps nothing real from it"
 
 
 # -- status

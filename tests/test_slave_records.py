@@ -43,6 +43,17 @@ def test_accept_start_finish():
     )
 
 
+@pytest.mark.parametrize("is_kill", [False, True])
+def test_what_is_cut_off_once_live_still_knows_what_was_before(is_kill):
+    cut = slave.Records.start(accepted(), ONE, 1001.0)
+    again = slave.Records.resume(cut) if is_kill else slave.Records.requeue(cut)
+    records = slave.Records.start(again, TWO, 1002.0)
+    assert (records.running.commit, records.running.previous) == (TWO, ONE)
+    changes = {"state": "live", "message": "", "commit": TWO, "previous": TWO}
+    done = slave.Records.newest(slave.Records.finish(records, 1000000, changes, 1003.0))
+    assert (done.commit, done.previous) == (TWO, ONE)
+
+
 def test_ids_grow_although_the_clock_does_not():
     records = accepted(now=1000.0)
     assert records.queued.update == 1000000
@@ -456,6 +467,7 @@ def test_mistakes_elsewhere(tmp_path):
     for environ, options, text in (
         ({"SERVER_UPDATE_PORT": "80x"}, {}, "bad PORT '80x' (set by SERVER_UPDATE_PORT)"),
         ({}, {"--port": "80x"}, "bad PORT '80x' (set by --port)"),
+        ({}, {"--repos-dir": "~root/x"}, "bad REPOS_DIR '~root/x' (set by --repos-dir)"),
         ({}, {"--allow-from": ", "}, "bad ALLOW_FROM ',' (set by --allow-from)"),
         ({}, {"--allow-repos": ", ,"}, "bad ALLOW_REPOS ', ,' (set by --allow-repos)"),
         ({"SERVER_UPDATE_TLS_KEY": "/k"}, {}, "TLS_KEY is set, but TLS_CERT is not"),
