@@ -933,8 +933,8 @@ make_key_file() { # FILE: a random key in it that its user alone may read, if it
   fi
 }
 
-belongs_to_user() { # FILE
-  [ -n "$(find "$1" -prune -user "$user" 2>/dev/null)" ]
+belongs_to_user() { # FILE, or the one that a link leads to
+  [ -n "$(find -H "$1" -prune -user "$user" 2>/dev/null)" ]
 }
 
 say_how_slaves_get_keys() {
@@ -1000,6 +1000,10 @@ read_answer() {
   repos=$(say "$answer" | sed -n 1p)
   port=$(say "$answer" | sed -n 2p)
   has_tls=$(say "$answer" | sed -n 3p)
+  own_secret=$(say "$answer" | sed -n 5p)
+  if [ -n "$own_secret" ]; then
+    secret=$DESTDIR$own_secret
+  fi
   upstream=$(say "$answer" | sed -n 6p)
   has_password=''
   case $upstream in
@@ -1016,6 +1020,9 @@ put_slave() {
   link_slave_activate
   write_conf
   make_repos_dir
+  if [ -z "$DESTDIR" ] && [ "$user" != root ]; then
+    hand_over
+  fi
   write_unit
   if [ -n "$services" ] && [ -z "$no_start" ]; then
     start_service
@@ -1070,6 +1077,24 @@ tell_open_password() {
     say "Others can read the password in $conf; do:"
     say "  chgrp \"\$(id -g $user)\" '$conf' && chmod 640 '$conf'"
   fi
+}
+
+# What another user ran the slave with, whom alone it was for. Root can read it as it is.
+hand_over() {
+  if [ -e "$secret" ] && ! belongs_to_user "$secret"; then
+    act give gave "$secret to $user" chown "$user" "$secret"
+  fi
+  if is_for_other_groups "$conf" && ! belongs_to_user "$conf"; then
+    group=$(id -gn "$user")
+    act give gave "$conf to the group $group" chgrp "$group" "$conf"
+  fi
+}
+
+is_for_other_groups() { # FILE: and not for all
+  for group in $(id -G "$user"); do
+    set -- "$@" ! -group "$group"
+  done
+  [ -n "$(find -H "$@" -perm -040 ! -perm -004 2>/dev/null)" ]
 }
 
 make_repos_dir() {
@@ -1168,10 +1193,6 @@ install_relay() {
   read_answer
   # What a slave.conf says that is there already comes first.
   list=$DESTDIR$(say "$answer" | sed -n 4p)
-  own_secret=$(say "$answer" | sed -n 5p)
-  if [ -n "$own_secret" ]; then
-    secret=$DESTDIR$own_secret
-  fi
   check_lists
   # slave.py would not start.
   if [ -z "$slaves" ] && ! has_slaves; then

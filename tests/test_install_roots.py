@@ -524,6 +524,34 @@ def test_the_service_has_the_settings_of_a_slave_conf_that_was_edited(booted):
     see_a_changed_slave_conf_taken(booted, lambda: show(booted, "MainPID"), install)
 
 
+def test_another_user_gets_what_he_has_to_read(booted):
+    def install(*args):
+        return booted.check("./install.sh", *args, cwd=CHECKOUT)
+
+    secret, conf = "/etc/server-update/secret", "/etc/server-update/slave.conf"
+    booted.check("useradd", "-m", "joe")
+    install("slave", "--user", "alice", "--base-url", "https://u:s3cr3t@127.0.0.1/x")
+    make = "umask 077; openssl rand -hex 32 >%s; chown alice %s" % (secret, secret)
+    booted.check("sh", "-c", make)
+    assert booted.check("stat", "-c", "%U:%G %a", conf) == "root:alice 640\n"
+    told = ["give %s to joe" % secret, "give %s to the group joe" % conf]
+    out = install("slave", "--user", "joe", "--dry-run")
+    assert ["would " + line for line in told] == re.findall("(?m)^would give .*", out)
+    assert booted.check("stat", "-c", "%U", secret) == "alice\n"
+    out = install("slave", "--user", "joe")
+    assert [line.replace("give", "gave") for line in told] == re.findall("(?m)^gave .*", out)
+    assert show(booted, "User") == "joe" and show(booted, "ActiveState") == "active"
+    assert booted.check("stat", "-c", "%U:%G %a", secret) == "joe:root 600\n"
+    assert "gave" not in install("slave")
+    assert booted.check("stat", "-c", "%U:%G %a", conf) == "root:joe 640\n"
+    # Who is in its group can read it.
+    booted.check("sh", "-c", "groupadd www; usermod -aG www joe; chgrp www %s" % conf)
+    assert "gave" not in install("slave")
+    # Root can read all, and takes it from nobody: a master of this machine may be run by joe.
+    assert "gave" not in install("slave", "--user", "root")
+    assert show(booted, "User") == "root"
+
+
 def test_an_upgrade_from_version_1_keeps_all_that_it_set_up(booted):
     version_1.unpack(booted.path("/root/old"))
     upstream = make_upstream(booted, "alice")
