@@ -1,5 +1,6 @@
 """A key for each slave, made from the master's: whose it is, what it signs, what mistakes do."""
 
+import getpass
 import hashlib
 import hmac
 import os
@@ -279,8 +280,9 @@ def test_the_page_signs_with_a_key_of_its_own(start_slave, tmp_path, shell):
 
 
 def test_keys_are_brought_to_their_slaves(tmp_path):
-    """With a stand-in for ssh that runs what it is told on this machine."""
+    """With a stand-in for ssh that runs what it is told on this machine, as root if it can be."""
     need("openssl")
+    user = getpass.getuser() if os.getuid() else "nobody"  # who runs the slave
     (tmp_path / "ssh").write_text('#!/bin/sh\necho "$*" >"$TOLD"\nexec sh -c "$2"\n')
     (tmp_path / "server-update").write_text(
         '#!/bin/sh\nexec %s %s --master-key-file "$KEY" "$@"\n' % (PYTHON, ROOT / "server-update")
@@ -290,10 +292,19 @@ def test_keys_are_brought_to_their_slaves(tmp_path):
     master_key, secret, told = (tmp_path / name for name in ("key", "secret", "told"))
     lines = shell_block("(umask 077; openssl")
     lines = lines.replace("/etc/server-update/master-key", str(master_key))
-    lines = lines.replace("/etc/server-update/secret", str(secret))
+    lines = lines.replace("cd /etc/server-update ", "cd %s " % tmp_path)
+    lines = lines.replace("chown deploy ", "chown %s " % user)
+    assert "/etc/" not in lines and "chown %s " % user in lines
     path = "%s:%s" % (tmp_path, os.environ["PATH"])
-    run_shell("sh", lines, env={"PATH": path, "KEY": str(master_key), "TOLD": str(told)})
+    env = {"PATH": path, "KEY": str(master_key), "TOLD": str(told)}
+    run_shell("sh", lines, env=env)
     key = secret.read_text().strip()
     assert key == key_of("http://web1:9999", master_key.read_text().strip())
     assert key not in told.read_text()
     assert [path.stat().st_mode & 0o777 for path in (master_key, secret)] == [0o600, 0o600]
+    assert secret.owner() == user
+    # Where there is no key, what was there stays.
+    (tmp_path / "server-update").write_text("#!/bin/sh\nexit 2\n")
+    bring = lines.splitlines()[-2:]
+    assert subprocess.call(["sh", "-c", "\n".join(bring)], env=env) != 0
+    assert secret.read_text().strip() == key
