@@ -294,6 +294,35 @@ def test_a_hold(world, tmp_path):
     assert (world.slave.repos / "hanuman/file").read_text() == "pushed\n"
 
 
+HOLD = str(ROOT / "docs/examples/hold")
+
+
+def test_a_hold_that_cannot_be_read_holds(tmp_path):
+    folder = tmp_path / "hold"
+    command = with_no_rights() + ["sh", HOLD, "hanuman", "main", "0" * 40]
+
+    def is_held():
+        return subprocess.call(command, env=dict(os.environ, HOLD=str(folder))) != 0
+
+    folder.mkdir()
+    assert not is_held()
+    folder.chmod(0)
+    assert is_held()
+    folder.chmod(0o755)
+    link = folder / "hanuman"
+    link.symlink_to("nowhere")
+    assert is_held()
+    link.rename(folder / "other")
+    assert not is_held()
+    folder.rename(tmp_path / "away")
+    assert is_held()
+
+
+def with_no_rights():
+    """What a command begins with that reads no more than its user may, root or not."""
+    return [] if os.getuid() else ["setpriv", "--bounding-set=-all", "--inh-caps=-all"]
+
+
 class Chat(http.server.BaseHTTPRequestHandler):
     """Keeps what it is told in its server's `told`."""
 
@@ -345,6 +374,8 @@ def test_several_hooks(world, tmp_path):
     text = adapt(
         find_block("recipes.md", "install -d /etc/server-update/hooks/pre"),
         ("/etc/server-update/hooks", world.slave.hooks),
+        ("/etc/server-update/hold", tmp_path / "hold"),
+        ("/srv/keep", tmp_path / "keep-files"),
         ("docs/examples/", "%s/docs/examples/" % ROOT),
     )
     assert world(text).returncode == 0
@@ -353,9 +384,8 @@ def test_several_hooks(world, tmp_path):
         path = folder / name
         path.write_text(adapt(read(path), (shown, "%s/%s}" % (tmp_path, name))))
     hold, keep = tmp_path / "hold/hanuman", tmp_path / "keep-files/hanuman"
-    hold.parent.mkdir()
     hold.write_text("ask Ann\n")
-    keep.mkdir(parents=True)
+    keep.mkdir()
     (keep / ".env").write_text("KEY=value\n")
     world.upstream.commit({"file": "pushed\n"})
     assert "on hold: ask Ann" in world("server-update hanuman").stdout
