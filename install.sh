@@ -928,13 +928,13 @@ make_key_file() { # FILE: a random key in it that its user alone may read, if it
     text=$(python3 -c 'import os; print(os.urandom(32).hex())') || exit 1
     put 600 "$1" "$text"
   fi
-  if [ -z "$DESTDIR" ] && ! belongs_to_user "$1"; then
+  if [ -z "$DESTDIR" ] && ! belongs_to "$user" "$1"; then
     act give gave "$1 to $user" chown "$user" "$1"
   fi
 }
 
-belongs_to_user() { # FILE, or the one that a link leads to
-  [ -n "$(find -H "$1" -prune -user "$user" 2>/dev/null)" ]
+belongs_to() { # USER FILE, or the one that a link leads to
+  [ -n "$(find -H "$2" -prune -user "$1" 2>/dev/null)" ]
 }
 
 say_how_slaves_get_keys() {
@@ -1079,12 +1079,16 @@ tell_open_password() {
   fi
 }
 
-# What another user ran the slave with, whom alone it was for. Root can read it as it is.
+# What another user ran the slave with, whom alone it was for. Root can read it as it is. Where the
+# user is a guess (version 1.0 has kept none without a service manager), only root's is given.
 hand_over() {
-  if [ -e "$secret" ] && ! belongs_to_user "$secret"; then
+  if ! is_given --user && [ -z "$unit_before" ] && ! belongs_to root "$secret"; then
+    return
+  fi
+  if [ -e "$secret" ] && ! belongs_to "$user" "$secret"; then
     act give gave "$secret to $user" chown "$user" "$secret"
   fi
-  if is_for_other_groups "$conf" && ! belongs_to_user "$conf"; then
+  if is_for_other_groups "$conf" && ! belongs_to "$user" "$conf"; then
     group=$(id -gn "$user")
     act give gave "$conf to the group $group" chgrp "$group" "$conf"
   fi

@@ -166,6 +166,31 @@ def test_another_user_runs_it_where_there_is_no_service_manager(machine, tools):
     assert "removed %s\n" % start in install("uninstall")
 
 
+def test_a_host_without_services_keeps_no_user_of_version_1(machine):
+    bare = machine("trixie")
+    version_1.unpack(bare.path("/root/old"))
+    bare.check("sh", "-c", "useradd -m alice; useradd -m bob")
+    options = ["--user", "alice", "--base-url", "/srv/up"]
+    bare.check("./install.sh", "slave", *options, cwd="/root/old")
+    secret = bare.path("/etc/server-update/secret")
+    secret.write_text("x" * 32)
+    secret.chmod(0o600)
+    bare.check("chown", "alice", "/etc/server-update/secret")
+
+    def install(*args):
+        env = {"SUDO_USER": "bob"}
+        return STARTED.search(bare.check("./install.sh", *args, env=env, cwd=CHECKOUT)).group(1)
+
+    # As CHANGELOG says: it is told once more, and from then on kept. A guess takes no secret away.
+    assert install("slave") == "bob"
+    bare.path("/usr/local/share/server-update/start-slave").unlink()
+    assert bare.check("stat", "-c", "%U", "/etc/server-update/secret") == "alice\n"
+    assert install("slave", "--user", "alice") == "alice"
+    assert install("slave") == "alice"
+    assert install("slave", "--user", "bob") == "bob"
+    assert bare.check("stat", "-c", "%U", "/etc/server-update/secret") == "bob\n"
+
+
 LACKING = {
     "https://git.example.org/team": ["install ca-certificates."],
     "git@git.example.org:team": ["install openssh-client."],
