@@ -430,6 +430,11 @@ find_served() {
 # Options that differ from what a slave.conf says are a mistake: it is kept as it is. That of a
 # relay has to name a list, whichever that is.
 ask_slave() {
+  check_no_pipe "$conf"
+  print_settings || exit 2
+}
+
+print_settings() {
   HOME=$home python3 -I -B -c '
 import os, sys
 
@@ -472,7 +477,13 @@ for key, setting in slave.SETTINGS.items():
     default = os.path.join(config, "hooks") if key == "HOOKS_DIR" else setting.default
     value = written.get(key, default)
     print("\n# %s\n%s%s=%s" % (setting.help, mark, key, value))
-' "$here" "$conf" "$config" "$slavelist" "$base_url" "$repos" "$port" || exit 2
+' "$here" "$conf" "$config" "$slavelist" "$base_url" "$repos" "$port"
+}
+
+check_no_pipe() { # FILE: who reads one waits for ever
+  if [ -p "$1" ]; then
+    die 2 "cannot read $1: it is a pipe, and no file"
+  fi
 }
 
 # --- changes: each is told, and each is left out of a dry run ---
@@ -864,6 +875,7 @@ print_slaves() {
 }
 
 check_lists() { # what is asked for, and what is there
+  check_no_pipe "$list"
   if [ -n "$slaves" ]; then
     print_slaves | check_list -
   fi
@@ -1037,16 +1049,27 @@ link_slave_activate() {
   if [ -n "$is_private" ] || is_our_link; then
     return
   fi
-  # A file there is somebody's own, or it is ours: with the prefix /usr, /bin is its bin. Of
-  # links, only those to a slave-activate are replaced.
-  if [ -e "$link" ] && [ ! -L "$link" ]; then
+  if is_folder_of_scripts "$DESTDIR/bin"; then
     return
   fi
-  case $(readlink "$link") in
-    '' | */slave-activate) ;;
-    *) return ;;
-  esac
+  if is_somebodys_own "$link"; then
+    say "kept $link, which is not ours: who calls that does not get $prefix/bin/slave-activate"
+    return
+  fi
   act link linked "$link" ln -snf "$prefix/bin/slave-activate" "$link"
+}
+
+is_somebodys_own() { # FILE: of links, those to a slave-activate are ours, of any prefix
+  case $(readlink "$1") in
+    */slave-activate) return 1 ;;
+  esac
+  [ -e "$1" ] || [ -L "$1" ]
+}
+
+# /bin may be /usr/bin, and with the prefix /usr what is in it is ours.
+is_folder_of_scripts() { # FOLDER
+  scripts=$(cd "$bin" 2>/dev/null && pwd -P) || return
+  [ "$(cd "$1" 2>/dev/null && pwd -P)" = "$scripts" ]
 }
 
 is_our_link() {

@@ -376,12 +376,39 @@ def test_somebody_elses_link_stays(installer):
     link = installer.stage / "bin/slave-activate"
     link.parent.mkdir(parents=True)
     link.symlink_to("/opt/own/activate")
-    installer.check("slave")
+    assert OTHERS % link in installer.check("slave")
     assert os.readlink(str(link)) == "/opt/own/activate"
     link.unlink()
     link.symlink_to("/opt/old/bin/slave-activate")
-    installer.check("slave")
+    assert "kept" not in installer.check("slave")
     assert os.readlink(str(link)) == "/usr/local/bin/slave-activate"
+
+
+OTHERS = "kept %s, which is not ours: who calls that does not get /usr/local/bin/slave-activate\n"
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_somebody_elses_file_stays_and_is_told(installer, shell):
+    own = installer.stage / "bin/slave-activate"
+    own.parent.mkdir(parents=True)
+    own.write_text("#!/bin/sh\n")
+    for nothing in ("", "Nothing had to be changed in %s/usr/local.\n" % installer.stage):
+        out = installer.check("slave", shell=shell)
+        assert out.endswith(nothing) and OTHERS % own in out
+        assert own.read_text() == "#!/bin/sh\n"
+    installer.check("uninstall", shell=shell)
+    assert own.exists()
+
+
+@pytest.mark.slow
+def test_where_bin_is_the_folder_of_the_programs_the_file_there_is_ours(installer):
+    (installer.stage / "usr/bin").mkdir(parents=True)
+    (installer.stage / "bin").symlink_to("usr/bin")
+    for _ in range(2):
+        assert "kept" not in installer.check("slave", "--prefix", "/usr")
+    assert not (installer.stage / "bin/slave-activate").is_symlink()
+    installer.check("uninstall", "--prefix", "/usr")
+    assert not (installer.stage / "bin/slave-activate").exists()
 
 
 @pytest.mark.slow
@@ -427,6 +454,8 @@ PATHS = "--prefix and --serve take absolute paths without quotes, \\, $ and %"
         (["slave", "--port", "65536"], "bad PORT '65536'"),
         (["slave", "--base-url", "--upload-pack=x"], "bad BASE_URL '--upload-pack=x'"),
         (["slave", "--repos", "clones"], "bad REPOS_DIR 'clones'"),
+        (["slave", "--repos", "~"], "bad REPOS_DIR '~'"),
+        (["slave", "--repos", "~root/sites"], "bad REPOS_DIR '~root/sites'"),
         (["slave", "--user", "a b"], "bad user name 'a b'"),
         (["slave", "--prefix", "opt"], PATHS),
         (["slave", "--serve", "/a'b"], PATHS),
@@ -488,6 +517,17 @@ def test_a_slave_conf_that_cannot_be_read_is_told(installer):
     conf.mkdir(parents=True)
     message = "install.sh: cannot read %s: Is a directory" % conf
     assert installer.refused("slave") == message
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(installer, shell):
+    folder = installer.stage / "etc/server-update"
+    folder.mkdir(parents=True)
+    for name, role in (("slave.conf", "slave"), ("slavelist.txt", "master")):
+        os.mkfifo(str(folder / name))
+        told = "install.sh: cannot read %s: it is a pipe, and no file" % (folder / name)
+        assert installer.refused(role, shell=shell) == told
+    assert "of which slave.conf has a mistake" in installer.check("uninstall", shell=shell)
 
 
 def test_settings_of_the_environment_go_into_a_new_slave_conf(installer):
