@@ -778,7 +778,8 @@ service() { # is-enabled, is-active, is-stopped, enable, disable, start, stop or
 has_older_settings() {
   started=/run/openrc/started/$SERVICE
   if [ $manager = systemd ]; then
-    started=/proc/$(systemctl show -p MainPID --value $SERVICE)/stat
+    pid=$(systemctl show -p MainPID $SERVICE) # MainPID=1234; old ones have no --value
+    started=/proc/${pid#*=}/stat
   fi
   python3 -c '
 import os, sys, time
