@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 from activate_support import ANOTHER_USER, Activate, as_another_user, snapshot
+from product import PYTHON
 
 
 @pytest.fixture
@@ -49,6 +50,78 @@ def test_another_users_tree_says_whose_it_is(activate):
     result = activate("r", prefix=prefix)
     assert (result.status, snapshot(activate.live())) == (1, before), result
     assert "'%s' belongs to root" % activate.live() in result.last
+    assert activate.leftovers() == []
+
+
+MANY = 8000
+
+
+@pytest.mark.slow
+def test_many_folders_of_another_user_stop_no_later_update(activate, upstream):
+    """No process of an update may take 10 s of CPU time: a busy machine makes no difference."""
+    limit = ["sh", "-c", 'ulimit -t 10; exec "$@"', "sh"]
+    prefix = as_another_user(activate) + limit
+    assert activate("r", prefix=prefix).status == 0
+    for number in range(MANY):
+        folder = activate.live() / "cache" / str(number)
+        folder.mkdir(parents=True)
+        for name in "abc":
+            (folder / name).touch()
+    result = activate("r", prefix=prefix)
+    assert (result.status, result.err.count("\n")) == (0, 1), result
+    assert " and %d more of the old tree: " % (3 * MANY - 1) in result.err
+    assert activate.leftovers() == ["trash"]
+    assert activate("r", prefix=prefix).status == 0
+
+
+# Before the program that removes trees: %s s are over whenever it looks at the clock.
+CLOCK = "import itertools, time; time.monotonic = itertools.count(0, %s).__next__"
+REMOVAL = """#!/bin/sh
+case $4 in *"class Removal"*)
+    program="%s
+$4"
+    shift 4
+    exec "%s" -I -S -c "$program" "$@"
+esac
+exec "%s" "$@"
+"""
+
+
+def on_removal(folder, statement):
+    """A folder for PATH: its python3 begins with a statement where it is to remove trees, and its
+    rm is one that isn't used for that."""
+    folder.mkdir()
+    (folder / "python3").write_text(REMOVAL % (statement, PYTHON, PYTHON))
+    (folder / "python3").chmod(0o755)
+    (folder / "rm").symlink_to(shutil.which("rm"))
+    return "%s:%s" % (folder, os.environ["PATH"])
+
+
+def test_what_is_not_removed_in_half_of_the_time_is_left_for_later_runs(activate, tmp_path):
+    first, _ = activate.good("r")
+    for number in range(10):
+        (activate.live() / str(number)).touch()
+    path = on_removal(tmp_path / "fake", CLOCK % 10)
+    result = activate("r", env={"PATH": path, "SERVER_UPDATE_TIMEOUT": "120"})
+    assert (result.status, result.out) == (0, "r %s %s\n" % (first, first)), result
+    assert "of the old tree: out of time, it belongs to " in result.err
+    assert activate.leftovers() == ["trash"]
+    for _ in range(5):
+        assert activate("r").status == 0
+    assert activate.leftovers() == []
+
+
+def test_all_of_the_trash_has_one_second(activate, tmp_path):
+    activate.good("r")
+    for number in range(20):
+        folder = activate.state / "trash" / ("r.new.%d" % number)
+        folder.mkdir(parents=True)
+        (folder / "f").touch()
+    path = on_removal(tmp_path / "fake", CLOCK % 0.1)
+    assert activate("r", env={"PATH": path}).status == 0
+    assert 10 < len(files_below(activate.state / "trash")) < 20
+    for _ in range(5):
+        assert activate("r").status == 0
     assert activate.leftovers() == []
 
 

@@ -423,3 +423,57 @@ def test_a_removal_that_takes_long(late, repo, slow_rm, shell, hook):
     assert not (late.live() / "ran").exists()
     late.now.unlink()
     assert late.good("r")
+
+
+# In place of the python3 that removes what rm can't: it never ends. (rm as a link isn't used.)
+HANGS = """#!/bin/sh
+case $4 in *"class Removal"*) : >"%s"; exec sleep 1000 ;; esac
+exec "%s" "$@"
+"""
+
+
+@pytest.fixture
+def slow_removal(late, tmp_path):
+    """slow_removal(PATH) -> PATH's folder: it makes a file as it begins to remove for ever."""
+
+    def make(began):
+        fake = tmp_path / "fake"
+        fake.mkdir()
+        (fake / "python3").write_text(HANGS % (began, PYTHON))
+        (fake / "python3").chmod(0o755)
+        (fake / "rm").symlink_to(shutil.which("rm"))
+        late.path = "%s:%s" % (fake, late.path)
+        return fake
+
+    return make
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_timeout_ends_a_thorough_removal(late, repo, slow_removal, shell):
+    first, _ = late.good("r")
+    second = repo.commit({"f": "2"})
+    fake = slow_removal(late.now)
+    result = late("r", prefix=shell.split(), timeout=100)
+    assert (result.status, result.out) == (0, "r %s %s\n" % (second, first)), result
+    assert result.last == (
+        "slave-activate: TIMEOUT (60 s) is over, the next run removes the rest of the old tree"
+    )
+    late.now.unlink()
+    shutil.rmtree(str(fake))
+    assert late.good("r")
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_term_ends_a_thorough_removal(late, slow_removal, tmp_path, shell):
+    """Of what a killed run has left."""
+    late.good("r")
+    (late.state / "r.new").mkdir()
+    began = tmp_path / "began"
+    fake = slow_removal(began)
+    process = late.start("r", prefix=shell.split())
+    wait_until(began.exists)
+    (fake / "python3").write_text('#!/bin/sh\nexec "%s" "$@"\n' % PYTHON)  # it sweeps as it ends
+    process.terminate()
+    result = finish(process, 100)
+    assert (result.status, result.err) == (1, "slave-activate: interrupted\n"), result
+    assert late.leftovers() == []
