@@ -1,7 +1,7 @@
 """slave-activate --commit HASH: exactly that commit, on its branch or detached."""
 
 import pytest
-from activate_support import Activate, git
+from activate_support import Activate, git, snapshot
 from product import daily
 
 BAD = ["", "main", "1234567", "g" * 40, "1" * 39, "1" * 41, "1" * 63, "-x", "HEAD"]
@@ -114,3 +114,27 @@ def test_what_is_live_is_told_by_git_where_files_do_not_tell(activate, repo):
     git(activate.live(), "pack-refs", "--all")
     git(activate.live(), "update-ref", "-d", "refs/heads/nothing")
     assert activate("--commit", first, "r").out == "r %s %s\n" % (first, second)
+
+
+MOVES = {
+    "a commit of its own": "git commit -q --allow-empty -m local\n",
+    "another one": "git checkout -q --detach HEAD^\n",
+}
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_a_pre_update_that_moves_head_is_an_error_with_a_commit(activate, repo, move):
+    """Without one, what the hook has chosen goes live."""
+    first, _ = activate.good("r", "side")
+    before = snapshot(activate.live())
+    activate.hook("pre-update", MOVES[move] + "git rev-parse HEAD >$0.head\n")
+    result = activate("--commit", repo.head(), "r")
+    moved = (activate.hooks / "pre-update.head").read_text().strip()
+    assert (result.status, result.out) == (1, ""), result
+    assert result.err == (
+        "slave-activate: the pre-update hook has moved HEAD to %s, not the commit of --commit\n"
+        % moved
+    )
+    assert (snapshot(activate.live()), activate.leftovers()) == (before, [])
+    new, old = activate.good("r")
+    assert (new, old) == ((activate.hooks / "pre-update.head").read_text().strip(), first)
