@@ -198,6 +198,20 @@ def test_what_it_cannot_write_says_whose_it_is(activate):
     )
 
 
+def test_a_user_without_a_name_is_told_by_number(activate):
+    """As in a container, whose user no file there has."""
+    prefix = [word.replace(str(ANOTHER_USER), "1234512345") for word in as_another_user(activate)]
+    activate.state.mkdir(parents=True)
+    lock = activate.state / "r.lock"
+    lock.touch(mode=0o600)
+    result = activate("r", prefix=prefix)
+    assert (result.status, result.last) == (
+        1,
+        "slave-activate: can't write '%s'; '%s' belongs to root: chown it to 1234512345"
+        % (lock, lock),
+    ), result
+
+
 def test_nobody_else_can_open_the_lock(activate):
     activate.good("r")
     assert (activate.state / "r.lock").stat().st_mode & 0o077 == 0
