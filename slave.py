@@ -346,7 +346,10 @@ def parse_base_url(text):
 
 def parse_path(text):
     # As slave-activate reads it, which knows no other user's home.
-    return matching("/.*", expanduser(matching("~?/.*", text)))
+    path = expanduser(matching("~?/.*", text))
+    if path.isprintable():
+        return matching("/.*", path)
+    raise ValueError(text)
 
 
 def parse_port(text):
@@ -561,6 +564,7 @@ class Records(namedtuple("Records", "ended running queued counts",
         # What could not even begin ends all the same.
         begun = self if self.running else self.start(record.commit, now)
         done = begun.running._replace(finished=now, **changes)
+        # slave-activate knows nothing of an earlier try, which is what it found live.
         if begun.running.previous != begun.running.commit:
             done = done._replace(previous=begun.running.previous)
         if done.state == "live":

@@ -393,6 +393,14 @@ def read(lines="", environ=None, options=None, tmp_path=None):
     return slave.read_settings(environ, options or {})
 
 
+@pytest.mark.parametrize("home", ["relative", "/a\x1bb", "/a\nb"])
+def test_a_home_that_is_no_folder_of_settings(tmp_path, monkeypatch, home):
+    monkeypatch.setenv("HOME", home)
+    with pytest.raises(ValueError) as mistake:
+        read("REPOS_DIR=~/repos\n", tmp_path=tmp_path)
+    assert mistake.value.args[0].endswith("bad REPOS_DIR '~/repos'")
+
+
 def test_defaults(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     values = read(tmp_path=tmp_path)
