@@ -1407,8 +1407,8 @@ def format_again(now):
     return f"server-update {''.join(options)}{now.repo}"
 
 
-def format_row(now, most_unfolded):
-    """The row of a repository in the page's table, with so many slaves beneath not folded."""
+def format_row(now, is_alone):
+    """The row of a repository in the page's table; in a page of its own nothing is folded."""
     state = standing(now)
     bad = now.beneath_bad or ()
     beneath = Counter(now.beneath)
@@ -1424,14 +1424,14 @@ def format_row(now, most_unfolded):
 <td class="by" data-label="By">{mark_up(now.by)}<i>{mark_up(now.note)}</i></td>
 <td class="message">{mark_up(now.message)}
 <em>{ADVICE[state]} <code>{mark_up(format_again(now))}</code></em>
-<details class="bad-{len(bad)}" {"" if len(bad) > most_unfolded else "open"}>
+<details class="bad-{len(bad)}" {"" if len(bad) > MAX_UNFOLDED and not is_alone else "open"}>
 <summary>Not good, by name: {len(bad)} of {sum(beneath.values()) - beneath["live"]}</summary>
 <ul>{"".join(map(format_bad, bad))}</ul></details></td></tr>
 """
 
 
-def format_page(records, host, most_unfolded):
-    """The page of these repositories, each its newest record as it looks now."""
+def format_page(records, host, is_alone):
+    """The page of these repositories, each its newest record as it looks now; or of one alone."""
     records.sort(key=lambda now: list(ADVICE).index(standing(now)))
     counts = Counter(map(standing, records))
     summary = ", ".join(f"{count} {state}" for state, count in counts.items())
@@ -1450,7 +1450,7 @@ def format_page(records, host, most_unfolded):
 <thead><tr><th class="name">Repository<th class="state">State<th class="commit">Commit
 <th class="ref">Ref<th class="since">Since (UTC)<th class="by">By<th class="message">Message
 <tbody>
-{"".join(format_row(now, most_unfolded) for now in records)}</table>"""
+{"".join(format_row(now, is_alone) for now in records)}</table>"""
 
 
 def tell_all(records):
@@ -2343,7 +2343,6 @@ class Handler(Connection):
         if repo is None:
             looked = updater.look_at_all()
             answer = tell_all(looked)
-            most_unfolded = MAX_UNFOLDED
         else:
             if repo in updater.journal.unread:
                 raise Refusal(503, "its record can't be read", RETRY_LATER)
@@ -2355,14 +2354,13 @@ class Handler(Connection):
                 raise Refusal(404, "no such update was asked for here")
             looked = [record]
             answer = told(record)
-            most_unfolded = NEVER_S
         if repo and history == "1":
             records = updater.journal.recall(repo).all()
             answer = {"repo": repo, "updates": [told(one) for one in reversed(records)]}
         # What is liked best comes first, as all clients have it.
         elif "text/html" in self.headers.get(
                 "Accept", "").lower().partition("application/json")[0]:
-            answer = format_page(looked, self.headers.get("Host"), most_unfolded)
+            answer = format_page(looked, self.headers.get("Host"), repo)
         self.send(200, answer, *PAGE_HEADERS, kind="text/html; charset=utf-8")
 
     def answer_metrics(self, **_):

@@ -64,7 +64,7 @@ def bad_slave(name, outcome="unreachable", message="no route to host"):
 
 def page(*rows):
     records = [slave.Record(**row) for row in rows]
-    return slave.format_page(records, "web1:9999", slave.MAX_UNFOLDED)
+    return slave.format_page(records, "web1:9999", is_alone=False)
 
 
 class Cells(HTMLParser):
@@ -198,7 +198,7 @@ def test_hostile_texts_stay_texts():
         beneath_bad=[bad_slave(HOSTILE, HOSTILE, HOSTILE)],
     )
     good = record()
-    text = slave.format_page([slave.Record(**hostile)], HOSTILE, slave.MAX_UNFOLDED)
+    text = slave.format_page([slave.Record(**hostile)], HOSTILE, is_alone=False)
     text.encode("utf-8")
     assert "\u202e" not in text
     expected = [tag for tag, _ in Cells(page(good)).tags] + ["li", "b", "i"]
