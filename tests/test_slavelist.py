@@ -48,6 +48,8 @@ def test_every_form(server_update, entry, origin, path, query):
         ("web1,web2", "bad host 'web1,web2'"),
         ("user@web1", "a slave takes no user and password: write its host alone"),
         ("user:secret@web1", "a slave takes no user and password: write its host alone"),
+        ("user:sec/ret@web1", "a slave takes no user and password: write its host alone"),
+        ("http://user:sec/ret@web1", "a slave takes no user and password: write its host alone"),
         ("http://user:secret@web1/", "a slave takes no user and password: write its host alone"),
         ("a" * 64, "bad host '%s'" % ("a" * 64)),
         ("1.2.3.400", "bad host '1.2.3.400'"),
