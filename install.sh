@@ -775,7 +775,8 @@ service() { # is-enabled, is-active, is-stopped, enable, disable, start, stop or
 # slave.py reads slave.conf when it starts, and not again. When that was is known by its process
 # from systemd, by a link from OpenRC. Compared is when the file was changed in any way (ctime), as
 # one that is copied or moved here may have an old date. A time to come is the clock's mistake.
-has_older_settings() {
+runs_with_older_settings() {
+  service is-active || return
   started=/run/openrc/started/$SERVICE
   if [ $manager = systemd ]; then
     pid=$(systemctl show -p MainPID $SERVICE) # MainPID=1234; old ones have no --value
@@ -809,7 +810,7 @@ start_service() {
   if [ -e "$PENDING" ]; then
     restart=yes
   fi
-  if service is-active && has_older_settings; then
+  if runs_with_older_settings; then
     say "$conf has been changed since slave.py started"
     restart=yes
   fi
@@ -1187,7 +1188,7 @@ say_what_runs() {
       say "  $start_command"
     elif [ -n "$no_start" ]; then
       say "The service $SERVICE is left as it was."
-      if service is-active && has_older_settings; then
+      if runs_with_older_settings; then
         say "$conf has been changed since slave.py started: restart it."
       fi
     else
