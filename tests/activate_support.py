@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 
 import pytest
-from product import SOURCES, copy_scripts, shorten_pauses
+from product import PYTHON, SOURCES, copy_scripts, shorten_pauses
 from upstream import run_git
 
 TIMEOUT_S = 300  # to tell what hangs; a busy machine may need long for a million files
@@ -200,3 +200,19 @@ def in_mounts(command):
     if os.getuid() or subprocess.call(["unshare", "-m", "true"]):
         pytest.skip("mounts need root and unshare (util-linux)")
     return ["unshare", "-m", "sh", "-ec", command + '\nexec "$@"', "sh"]
+
+
+# A python3 that runs all but one of the script's programs: that begins, and never ends.
+HANGS = """#!/bin/sh
+case $4 in *"%s"*) : >"%s"; exec sleep 1000 ;; esac
+exec "%s" "$@"
+"""
+
+
+def hang_in(program, began, folder):
+    """Put a python3 into `folder`, made for PATH, that hangs where it is to run a program.
+
+    That is one with the text `program` in it; there is a file `began` from then on."""
+    folder.mkdir()
+    (folder / "python3").write_text(HANGS % (program, began, PYTHON))
+    (folder / "python3").chmod(0o755)

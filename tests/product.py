@@ -102,3 +102,8 @@ def need(tool):
     """Leave this test out, with that reason, where there is no such command."""
     if not shutil.which(tool):
         pytest.skip("no %s here" % tool)
+
+
+def with_no_rights():
+    """What a command begins with that may do no more than its user may, root or not."""
+    return [] if os.getuid() else ["setpriv", "--bounding-set=-all", "--inh-caps=-all"]

@@ -17,7 +17,7 @@ import pytest
 from forge_support import make_key
 from pages import COMMANDS, PAGES, find_block, read
 from processes import wait_until
-from product import ROOT, SERVER_UPDATE, need
+from product import ROOT, SERVER_UPDATE, need, with_no_rights
 from slave_support import SECRET, make_secret
 
 MAX_README_LINES = 170
@@ -316,11 +316,6 @@ def test_a_hold_that_cannot_be_read_holds(tmp_path):
     assert not is_held()
     folder.rename(tmp_path / "away")
     assert is_held()
-
-
-def with_no_rights():
-    """What a command begins with that reads no more than its user may, root or not."""
-    return [] if os.getuid() else ["setpriv", "--bounding-set=-all", "--inh-caps=-all"]
 
 
 class Chat(http.server.BaseHTTPRequestHandler):

@@ -14,7 +14,7 @@ from signal import SIGINT, SIGTERM
 
 import pytest
 from processes import processes_below, rss_kib, wait_until
-from product import ISOLATED, VERSION
+from product import ISOLATED, VERSION, with_no_rights
 from slave_support import (
     ONE,
     SOON_ENDED,
@@ -644,8 +644,7 @@ def test_an_unreadable_file_is_403(start_slave, tmp_path):
     page.chmod(0)
     slave = start_slave(args=[page], wait=False)
     slave.stop()
-    prefix = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.getuid() == 0 else []
-    slave.command = prefix + slave.command
+    slave.command = with_no_rights() + slave.command
     slave.start()
     assert slave.json("/", status=403) == {
         "error": "the served file may not be read by the slave's user"

@@ -6,9 +6,9 @@ import signal
 import sys
 
 import pytest
-from activate_support import as_another_user, finish, snapshot
+from activate_support import as_another_user, finish, hang_in, snapshot
 from processes import wait_until
-from product import PYTHON, SHELLS
+from product import SHELLS
 
 pytestmark = pytest.mark.usefixtures("repo")
 
@@ -243,20 +243,11 @@ def test_a_hook_that_ignores_term_is_killed(activate, tmp_path, shell):
         wait_until(lambda pid=pid: not os.path.exists("/proc/" + pid))
 
 
-# In place of the python3 that runs hooks: it takes long to start.
-STARTS_LATE = """#!/bin/sh
-case $4 in *"class Output"*) : >"%s"; exec sleep 1000 ;; esac
-exec "%s" "$@"
-"""
-
-
 @pytest.mark.parametrize("shell", SHELLS)
 def test_a_term_just_before_a_hook_begins(activate, tmp_path, shell):
     """What is to run it ends all the same, though a shell has it ignore INT at first."""
     began, fake = tmp_path / "began", tmp_path / "fake"
-    fake.mkdir()
-    (fake / "python3").write_text(STARTS_LATE % (began, PYTHON))
-    (fake / "python3").chmod(0o755)
+    hang_in("class Output", began, fake)
     activate.hook("pre-update", "exit 0\n")
     env = {"PATH": "%s:%s" % (fake, os.environ["PATH"])}
     process = activate.start("r", prefix=shell.split(), env=env)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from activate_support import finish, snapshot
+from activate_support import finish, hang_in, snapshot
 from processes import wait_until
 from product import PYTHON, SHELLS
 
@@ -425,22 +425,14 @@ def test_a_removal_that_takes_long(late, repo, slow_rm, shell, hook):
     assert late.good("r")
 
 
-# In place of the python3 that removes what rm can't: it never ends. (rm as a link isn't used.)
-HANGS = """#!/bin/sh
-case $4 in *"class Removal"*) : >"%s"; exec sleep 1000 ;; esac
-exec "%s" "$@"
-"""
-
-
 @pytest.fixture
 def slow_removal(late, tmp_path):
     """slow_removal(PATH) -> PATH's folder: it makes a file as it begins to remove for ever."""
 
     def make(began):
         fake = tmp_path / "fake"
-        fake.mkdir()
-        (fake / "python3").write_text(HANGS % (began, PYTHON))
-        (fake / "python3").chmod(0o755)
+        hang_in("class Removal", began, fake)
+        # One that is a link isn't used.
         (fake / "rm").symlink_to(shutil.which("rm"))
         late.path = "%s:%s" % (fake, late.path)
         return fake

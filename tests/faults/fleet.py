@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from processes import kill_all_below
-from product import ISOLATED, SOURCES, copy_scripts
+from product import ISOLATED, SOURCES, copy_scripts, with_no_rights
 from proxy import Proxy, ProxyLoop
 from slave_support import Slave, stop_for_good
 from upstream import HttpUpstream, Upstream
@@ -90,7 +90,7 @@ class FleetSlave(Slave):
         self.env["TMPDIR"] = str(self.tmp)
         self.command[-1:-1] = [str(HERE / "clock.py"), str(self.clock)]
         if minds_rights:
-            self.command[:0] = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"]
+            self.command[:0] = with_no_rights()
         if max_files:
             limit = 'ulimit -n %d; exec "$@"' % max_files
             self.command[:0] = ["sh", "-c", limit, "sh"]
