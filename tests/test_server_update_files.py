@@ -1,6 +1,7 @@
 """What server-update reads and writes: lists, secrets, --write-failed; mistakes send nothing."""
 
 import json
+import os
 import re
 import subprocess
 import time
@@ -37,6 +38,27 @@ def test_dry_run_sends_nothing_and_prints_a_list(farm, update, tmp_path):
     assert done.returncode == 0
     assert done.stdout.splitlines() == entries[:9]
     assert not farm.requests and not failed.exists()
+
+
+def test_a_pipe_without_a_writer_is_no_list_and_one_with_is(tmp_path):
+    """What a shell makes of <(command) is a list; nothing waits for a writer that never comes."""
+    pipe = tmp_path / "list"
+    os.mkfifo(str(pipe))
+    command = [*SERVER_UPDATE, "--dry-run", "x", "--list"]
+    done = subprocess.run(
+        command + [str(pipe)], stderr=subprocess.PIPE, universal_newlines=True, timeout=300
+    )
+    mistake = "server-update: %s: no slave in the list\n" % pipe
+    assert (done.returncode, done.stderr) == (2, mistake)
+    source, sink = os.pipe()
+    listed = subprocess.Popen(
+        command + ["/dev/fd/%d" % source], pass_fds=[source], stdout=subprocess.PIPE
+    )
+    os.close(source)
+    time.sleep(0.2)  # so that it reads before there is anything
+    os.write(sink, b"web1\n")
+    os.close(sink)
+    assert (listed.communicate()[0], listed.returncode) == (b"web1\n", 0)
 
 
 def test_dry_run_as_json(tmp_path):
