@@ -249,7 +249,7 @@ def test_a_list_that_is_gone_refuses_nothing(start_relay, upstream):
     assert record["beneath_bad"][0]["message"] == why
 
 
-def test_a_list_that_became_a_pipe_is_not_waited_for(start_relay):
+def test_a_list_that_became_a_pipe_is_given_up(start_relay):
     relay = start_relay(["web1", "web2"])
     stand_in(relay)
     relay.slavelist.unlink()

@@ -41,7 +41,7 @@ def test_dry_run_sends_nothing_and_prints_a_list(farm, update, tmp_path):
 
 
 def test_a_pipe_without_a_writer_is_no_list_and_one_with_is(tmp_path):
-    """What a shell makes of <(command) is a list; nothing waits for a writer that never comes."""
+    """What a shell makes of <(command) is a list; a writer that never comes is given up."""
     pipe = tmp_path / "list"
     os.mkfifo(str(pipe))
     command = [*SERVER_UPDATE, "--dry-run", "x", "--list"]
