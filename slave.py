@@ -135,8 +135,8 @@ MAX_NONCES = 65536  # of a key
 FLOOR_STEP_S = 5  # by which the newest signal's time is rounded up, to be written less often
 
 # shared with server-update: keep identical
-NAME_RE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
-REF_BAD_RE = re.compile(r"[ ~^:?*\[\\]|\.\.|@\{|//|(^|/)\.|^[-/]|[/.]$|\.lock(/|$)|^@$")
+NAME_RE = re.compile(r"(?!.*(\.\.|\.git$|\.lock$))[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
+REF_BAD_RE = re.compile(r"^$|[ ~^:?*\[\\]|\.\.|@\{|//|(^|/)\.|^[-/]|[/.]$|\.lock(/|$)|^@$")
 HASH_RE = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 MAX_REF_BYTES = 255  # in UTF-8
 MAX_NOTE_CHARS = 200
@@ -147,18 +147,14 @@ USUAL_PREFIXES = ("/", "/usr", "/usr/local")
 
 def is_repo_name(text):
     """Whether `text` can name a repository: nothing that leads out of the repositories' folder."""
-    if ".." in text or text.endswith((".git", ".lock")):
-        return False
     return NAME_RE.fullmatch(text) is not None
 
 
 def is_ref(text):
     """Whether `text` can be a branch, tag or commit: see git-check-ref-format(1), one level."""
-    if not text or not text.isprintable():  # half a surrogate pair isn't, so all can be encoded
-        return False
-    if len(text.encode()) > MAX_REF_BYTES:
-        return False
-    return REF_BAD_RE.search(text) is None
+    # Half a surrogate pair is not printable, so what comes as far as that can be encoded.
+    return (text.isprintable() and len(text.encode()) <= MAX_REF_BYTES
+            and not REF_BAD_RE.search(text))
 
 
 def is_note(text):
