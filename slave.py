@@ -186,13 +186,13 @@ def config_folder(script):
     One at PREFIX/bin/NAME has PREFIX/etc/server-update, where there is one. OSError where that
     can't be known, ValueError where others may write there."""
     prefix, bin_folder = os.path.split(dirname(realpath(script)))
-    folder = join(prefix, "etc/server-update")
+    folder = f"{prefix}/etc/server-update"
     if bin_folder != "bin" or prefix in USUAL_PREFIXES or is_absent(folder):
         return CONFIG_FOLDER
     status = os.stat(folder)
     if status.st_uid not in (0, os.geteuid()) or status.st_mode & 0o022:
-        raise ValueError("others than root and its user may write in '{0}'; do: "
-                         "chown root {0} && chmod go-w {0}".format(folder))
+        raise ValueError(f"others than root and its user may write in '{folder}'; do: "
+                         f"chown root {folder} && chmod go-w {folder}")
     return folder
 
 
@@ -209,7 +209,7 @@ def check_regular(handle):
 
 def sign(secret, method, target, when, nonce):
     """The signature of a request, in hex; `secret` is bytes, all else the text as it is sent."""
-    lines = "\n".join(("server-update-1", method, target, when, nonce))
+    lines = f"server-update-1\n{method}\n{target}\n{when}\n{nonce}"
     return hmac.digest(secret, lines.encode("iso-8859-1"), "sha256").hex()
 
 
