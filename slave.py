@@ -166,16 +166,12 @@ def is_absent(path):
     """Whether there certainly is nothing at `path`, not even a link that leads nowhere.
 
     Raises OSError where that can't be known: what can't be looked at is not absent."""
-    folder = dirname(path) or "."
-    try:
-        os.stat(folder)
-    except FileNotFoundError:
-        if not is_absent(folder):
-            raise  # it is a link that leads nowhere
-        return True
     try:
         os.lstat(path)
     except FileNotFoundError:
+        folder = dirname(path) or "."
+        if not is_absent(folder):
+            os.stat(folder)  # raises where it is a link that leads nowhere
         return True
     return False
 
