@@ -198,9 +198,11 @@ def open_at_once(path, flags):
 
 
 def check_regular(handle):
-    """Raises OSError unless what is open is a regular file."""
-    if not stat.S_ISREG(os.fstat(handle.fileno()).st_mode):
+    """The mode of what is open; OSError unless that is a regular file."""
+    mode = os.fstat(handle.fileno()).st_mode
+    if not stat.S_ISREG(mode):
         raise OSError(errno.EINVAL, "not a regular file", handle.name)
+    return mode
 
 
 def sign(secret, method, target, when, nonce):
@@ -212,8 +214,7 @@ def sign(secret, method, target, when, nonce):
 def read_secrets(path):
     """The lines of a secret file: the first signs, any verifies. Raises ValueError or OSError."""
     with open(path, "rb", opener=open_at_once) as handle:
-        check_regular(handle)
-        mode = os.fstat(handle.fileno()).st_mode
+        mode = check_regular(handle)
         lines = handle.read(65536).splitlines()
     if mode & 0o077:
         raise ValueError(f"others can read secret file '{path}'; do: chmod 600 {path}")
