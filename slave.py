@@ -215,11 +215,11 @@ def read_secrets(path):
     """The lines of a secret file: the first signs, any verifies. Raises ValueError or OSError."""
     with open(path, "rb", opener=open_at_once) as handle:
         mode = check_regular(handle)
-        lines = handle.read(65536).splitlines()
+        # One a line that is not empty, without the blanks around it.
+        secrets = re.findall(rb"\S(?:[^\r\n]*\S)?", handle.read(65536))
     if mode & 0o077:
         raise ValueError(f"others can read secret file '{path}'; do: chmod 600 {path}")
     advice = f"do: (umask 077; openssl rand -hex 32 >{path})"
-    secrets = [line.strip() for line in lines if line.strip()]
     if not secrets:
         raise ValueError(f"secret file '{path}' has no secret in it; {advice}")
     if min(map(len, secrets)) < MIN_SECRET_BYTES:
