@@ -20,8 +20,8 @@ import signal
 from signal import SIGHUP, SIGINT, SIGKILL, SIGTERM
 
 if __name__ == "__main__":  # there is nothing to be stopped yet, nor a certificate to be read
-    signal.signal(SIGTERM, lambda *_: os._exit(0))
-    signal.signal(SIGINT, lambda *_: os._exit(0))
+    for number in (SIGTERM, SIGINT):
+        signal.signal(number, lambda *_: os._exit(0))
     signal.signal(SIGHUP, signal.SIG_IGN)
 
 import _thread
