@@ -268,24 +268,17 @@ class Stderr:
 STDERR = Stderr()
 
 
-def is_journal():
-    """Whether stderr is journald's, where each line has a time without ours: systemd.exec(5)."""
-    stream = os.environ.get("JOURNAL_STREAM")
-    if not stream:
-        return False
-    here = os.fstat(2)
-    return stream == f"{here.st_dev}:{here.st_ino}"
-
-
 def log(text):
     """Writes a line to stderr, in one write, so that the lines of threads never mix.
 
     What is too long for that is cut."""
     now = strftime("%Y-%m-%dT%H:%M:%SZ ", gmtime())
-    if is_journal():
-        now = ""
-    line = f"{now}{escape(USER_RE.sub('', text))}".encode("utf-8", "backslashreplace")
     with suppress(OSError):  # nobody reads the log: no reason to stop updating
+        here = os.fstat(2)
+        # Where that is journald's each line has a time without ours: systemd.exec(5).
+        if os.environ.get("JOURNAL_STREAM") == f"{here.st_dev}:{here.st_ino}":
+            now = ""
+        line = f"{now}{escape(USER_RE.sub('', text))}".encode()
         STDERR.write(line[:select.PIPE_BUF - 1] + b"\n")
 
 
