@@ -246,11 +246,6 @@ def escape(text):
     return text
 
 
-def reason(error):
-    """What went wrong, of an OSError without its number."""
-    return getattr(error, "strerror", None) or str(error)
-
-
 class Stderr:
     """Standard error, whose reader may stop reading: what it doesn't take in time is lost."""
 
@@ -828,7 +823,7 @@ class Journal:
             self.sync()
             self.unsaved.clear()
         except Exception as error:
-            log(f"can't write in {self.folder}: {reason(error)}")
+            log(f"can't write in {self.folder}: {getattr(error, 'strerror', None) or error}")
             with suppress(OSError):
                 os.unlink(f"{self.folder}/record.tmp")
             after, outcomes = self.make(batch, error)
@@ -1528,7 +1523,7 @@ def can(what):
     try:
         yield
     except OSError as error:
-        raise Refusal(503, f"can't {what}: {reason(error)}", RETRY_LATER)
+        raise Refusal(503, f"can't {what}: {error.strerror or error}", RETRY_LATER)
 
 
 class Guard:
