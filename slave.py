@@ -246,35 +246,47 @@ def escape(text):
     return text
 
 
-class Stderr:
-    """Standard error, whose reader may stop reading: what it doesn't take in time is lost."""
+class Log:
+    """The log on stderr, whose reader may stop reading: what it doesn't take in time is lost.
+
+    No lock: where threads meet a line more or less is counted or waited for, and no harm is done.
+    """
 
     patience_s = LOG_PATIENCE_S
+    refusals = 0  # since the last tell_left_out()
 
-    def write(self, line):
-        """Writes a line of PIPE_BUF bytes at most, which a pipe that is ready takes; OSError."""
-        if not select.select([], [2], [], self.patience_s)[1]:
-            self.patience_s = 0  # once it is stuck, nobody waits for it again
-            return
-        self.patience_s = LOG_PATIENCE_S
-        os.write(2, line)
+    def __call__(self, text):
+        """Writes a line, in one write, so that the lines of threads never mix.
+
+        What is too long for that is cut: a pipe that is ready takes PIPE_BUF bytes."""
+        now = strftime("%Y-%m-%dT%H:%M:%SZ ", gmtime())
+        with suppress(OSError):  # nobody reads the log: no reason to stop updating
+            here = os.fstat(2)
+            # Where that is journald's each line has a time without ours: systemd.exec(5).
+            if os.environ.get("JOURNAL_STREAM") == f"{here.st_dev}:{here.st_ino}":
+                now = ""
+            line = f"{now}{escape(USER_RE.sub('', text))}".encode()
+            if not select.select([], [2], [], self.patience_s)[1]:
+                self.patience_s = 0  # once it is stuck, nobody waits for it again
+                return
+            self.patience_s = LOG_PATIENCE_S
+            os.write(2, line[:select.PIPE_BUF - 1] + b"\n")
+
+    def tell_refusal(self, text):
+        """Writes a line about what strangers cause; of too many they are only counted."""
+        self.refusals += 1
+        if self.refusals <= MAX_REFUSALS_LOGGED:
+            self(text)
+
+    def tell_left_out(self):
+        """Says how many refusals were left out, if any, and begins anew."""
+        left_out = self.refusals - MAX_REFUSALS_LOGGED
+        self.refusals = 0
+        if left_out > 0:
+            self(f"{left_out} more like these were left out")
 
 
-STDERR = Stderr()
-
-
-def log(text):
-    """Writes a line to stderr, in one write, so that the lines of threads never mix.
-
-    What is too long for that is cut."""
-    now = strftime("%Y-%m-%dT%H:%M:%SZ ", gmtime())
-    with suppress(OSError):  # nobody reads the log: no reason to stop updating
-        here = os.fstat(2)
-        # Where that is journald's each line has a time without ours: systemd.exec(5).
-        if os.environ.get("JOURNAL_STREAM") == f"{here.st_dev}:{here.st_ino}":
-            now = ""
-        line = f"{now}{escape(USER_RE.sub('', text))}".encode()
-        STDERR.write(line[:select.PIPE_BUF - 1] + b"\n")
+log = Log()
 
 
 def start_thread(function, *args):
@@ -282,26 +294,6 @@ def start_thread(function, *args):
 
     Thread.start() waits for ever where there is no memory for the new thread's first steps."""
     _thread.start_new_thread(function, args)
-
-
-class Throttle:
-    """Has so many lines logged from one call of tell() to the next, and counts the others.
-
-    No lock: where threads meet a line more or less is counted, and no harm is done."""
-
-    lines = 0
-
-    def log(self, text):
-        self.lines += 1
-        if self.lines <= MAX_REFUSALS_LOGGED:
-            log(text)
-
-    def tell(self):
-        """Says how many were left out, if any, and begins anew."""
-        left_out = self.lines - MAX_REFUSALS_LOGGED
-        self.lines = 0
-        if left_out > 0:
-            log(f"{left_out} more like these were left out")
 
 
 # -- settings --------------------------------------------------------------
@@ -2138,8 +2130,8 @@ class Connection(http.server.SimpleHTTPRequestHandler):
             # It is the last answer of a connection: what comes next may be no request.
             self.close_connection = True
             status, text, *headers = refusal.args
-            self.server.throttle.log(f"refused with {status} from {self.client_address[0]}: "
-                                     f"{text}: {self.requestline[:200]}")
+            log.tell_refusal(f"refused with {status} from {self.client_address[0]}: {text}: "
+                             f"{self.requestline[:200]}")
             self.send(status, dict(refusal.more, error=text), *headers)
 
     def parse_request(self):
@@ -2399,7 +2391,6 @@ class Server(http.server.ThreadingHTTPServer):
         self.served_file = served_file
         self.handlers = set()
         self.idle = []  # queues in which threads wait for another connection
-        self.throttle = Throttle()  # of what strangers cause
         self.read_certificate()
         port = updater.settings["PORT"]
         address = str(updater.settings["BIND"] or any_address())
@@ -2446,7 +2437,7 @@ class Server(http.server.ThreadingHTTPServer):
         for handler in list(self.handlers):
             if handler.stage.deadline < now:
                 handler.drop()
-        self.throttle.tell()
+        log.tell_left_out()
         # Nobody else takes one out, as connections are accepted in this thread, too.
         while self.idle:
             self.idle.pop().put(None)
@@ -2488,7 +2479,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def make_room(self, error):
         """The host is short of files, memory or threads: one connection less, and a pause."""
-        self.throttle.log(f"no room for a connection: {error!r}")
+        log.tell_refusal(f"no room for a connection: {error!r}")
         self.drop_one()
         sleep(SHORTAGE_PAUSE_S)
 
@@ -2511,7 +2502,7 @@ class Server(http.server.ThreadingHTTPServer):
         """What a connection ended with: mostly its peer's doing, which is nobody's concern."""
         error = sys.exc_info()[1]
         if not isinstance(error, OSError) or isinstance(error, ssl.SSLError):
-            self.throttle.log(f"connection of {client_address[0]}: {error!r}")
+            log.tell_refusal(f"connection of {client_address[0]}: {error!r}")
 
 
 def any_address():
@@ -2581,7 +2572,7 @@ def serve_until_stopped(server):
             sleep(LAST_ANSWERS_S)
             return
         except Exception as error:  # no memory, say: for one connection, not for all
-            server.throttle.log(f"the loop begins again after {error!r}")
+            log.tell_refusal(f"the loop begins again after {error!r}")
             sleep(SHORTAGE_PAUSE_S)
 
 
