@@ -298,36 +298,26 @@ def start_thread(function, *args):
 
 # -- settings --------------------------------------------------------------
 
-# A setting is text in the file, the environment or an option; `parse` makes its value of it,
-# or raises ValueError where it is bad.
-Setting = namedtuple("Setting", "default parse help")
+# A setting is text in the file, the environment or an option, all of which is like `pattern`;
+# `parse` makes its value of it, or raises ValueError where it is bad.
+Setting = namedtuple("Setting", "default pattern parse help")
 MAPPED_RE = re.compile(r"(?<![0-9a-f:.])::ffff:(?=[0-9]+\.)", re.I)  # IPv4 as IPv6: RFC 4291
 WORD_RE = re.compile(r"[^\s,]+")
 
 
-def matching(pattern, text):
-    """`text`, if all of it is such; else ValueError, as of all that parses a setting."""
-    if not re.fullmatch(pattern, text):
-        raise ValueError(text)
-    return text
-
-
 def parse_base_url(text):
-    # A path, a URL, or ssh's host:path.
-    return matching(r"/\S*|[^-:\s]\S*:\S+", text).rstrip("/") or "/"
+    return text.rstrip("/") or "/"
 
 
 def parse_path(text):
-    # As slave-activate reads it, which knows no other user's home.
-    path = expanduser(matching("~?/.*", text))
-    if path.isprintable():
-        return matching("/.*", path)
-    raise ValueError(text)
+    path = expanduser(text)
+    if not path.startswith("/"):  # HOME is of no use
+        raise ValueError(text)
+    return path
 
 
 def parse_port(text):
-    # int() takes blanks, signs and all of Unicode's digits.
-    port = int(matching("0*[0-9]{1,5}", text))
+    port = int(text)
     if port > 65535:
         raise ValueError(text)
     return port
@@ -345,23 +335,33 @@ def parse_relay_options(text):
     return words
 
 
-def parse_globs(text):
-    return WORD_RE.findall(matching("[]A-Za-z0-9._*?[!, -]+", text))
-
-
+# The kinds of settings. A url is a path, a URL, or ssh's host:path; a path is as slave-activate
+# reads it, which knows no other user's home; int() takes blanks, signs, all of Unicode's digits.
+PATTERN_TABLE = r"""
+url    /\S*|[^-:\s]\S*:\S+
+path   ~?/.*
+port   0*[0-9]{1,5}
+time   0*[1-9][0-9]{0,5}
+ip     .+
+yesno  yes|no
+nets   .+
+globs  []A-Za-z0-9._*?[!, -]+
+words  .+
+"""
+PATTERNS = dict(re.findall("(?m)^([a-z]+) +(.+)", PATTERN_TABLE))
 PARSERS = {
     "url": parse_base_url,
     "path": parse_path,
     "port": parse_port,
-    "time": lambda text: int(matching("0*[1-9][0-9]{0,5}", text)),
+    "time": int,
     "ip": ipaddress.ip_address,
-    "yesno": lambda text: matching("yes|no", text),
+    "yesno": str,
     "nets": parse_networks,
-    "globs": parse_globs,
+    "globs": WORD_RE.findall,
     "words": parse_relay_options,
 }
-# What the file, the environment and the options can set: which of PARSERS reads it, what it holds
-# and, in brackets, what it is without.
+# What the file, the environment and the options can set: its kind, what it holds and, in brackets,
+# what it is without.
 SETTINGS_TABLE = """
 BASE_URL      url   URL or path: clones are made of BASE_URL/NAME.git (https://github.com/aiegoo)
 REPOS_DIR     path  folder where the clones go live (~/repos)
@@ -379,10 +379,11 @@ RELAY_OPTIONS words options of server-update for them
 TLS_CERT      path  certificate chain (PEM): serve https
 TLS_KEY       path  its key, where that is not in TLS_CERT
 """
-SETTING_PATTERN = r"(?m)^(\w+) +(\w+) +(.*?(?: \((\S+)\))?)$"
-SETTINGS = {key: Setting(default, PARSERS[kind], text)
-            for key, kind, text, default in re.findall(SETTING_PATTERN, SETTINGS_TABLE)}
-
+SETTINGS = {
+    key: Setting(default, PATTERNS[kind], PARSERS[kind], text)
+    for key, kind, text, default in re.findall(
+        r"(?m)^(\w+) +(\w+) +(.*?(?: \((\S+)\))?)$", SETTINGS_TABLE)
+}
 
 # What KEY.NAME may set for the repository NAME alone; what slave-activate is told. The latter need
 # a default: None would be told as that word.
@@ -398,10 +399,11 @@ def parse_setting(key, text, before="", after=""):
     """A setting's value; None where there is no text. The two others tell where it is from."""
     if not text:
         return None
+    setting = SETTINGS[key.partition(".")[0]]
     with suppress(ValueError):
-        if text.isprintable():
-            value = SETTINGS[key.partition(".")[0]].parse(text)
-            if value != []:
+        if re.fullmatch(setting.pattern, text):
+            value = setting.parse(text)
+            if value != [] and f"{text}{value}".isprintable():
                 return value
     raise ValueError(f"{before}bad {key} '{escape(text)}'{after}")
 
