@@ -710,8 +710,8 @@ class Journal:
         self.take()
         self.floor = Floor(f"{folder}/signed")  # see guard
         # A disk that is full or read-only is told now, not at the first signal.
-        write_synced(self.path("test"), b"")
-        os.unlink(self.path("test"))
+        write_synced(f"{folder}/test", b"")
+        os.unlink(f"{folder}/test")
         for name in os.listdir(folder):
             repo, _, kind = name.rpartition(".")
             if kind == "json":

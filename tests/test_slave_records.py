@@ -595,6 +595,15 @@ def test_allow_repos(tmp_path):
 # -- the journal
 
 
+def test_what_tries_the_disk_at_the_start_is_no_repositorys_record(tmp_path):
+    folder = tmp_path / "repos/.server-update"
+    folder.mkdir(parents=True)
+    records = slave.Records().accept("test", None, 1000.0, {})
+    (folder / "test.json").write_bytes(records.encode())
+    assert slave.Journal(str(folder)).records == {"test": records}
+    assert (folder / "test.json").read_bytes() == records.encode()
+
+
 def test_what_writes_records_runs_before_anything_is_served(tmp_path, monkeypatch):
     """A thread whose first steps find no memory ends, so it has to have made them by then."""
     steps = []
