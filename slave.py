@@ -835,10 +835,9 @@ class Journal:
         after = {}
         outcomes = []
         for change in batch:
-            if failure and change.method == Records.accept:
-                outcomes.append(failure)
-                continue
             try:
+                if failure and change.method == Records.accept:
+                    raise failure
                 before = after.get(change.repo) or self.recall(change.repo)
                 after[change.repo] = change.method(before, *change.args)
                 outcomes.append(after[change.repo])
