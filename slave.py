@@ -706,7 +706,7 @@ class Journal:
         self.unsaved = set()  # whose last change could not be written; the next one writes it, too
         self.changes = SimpleQueue()
         self.changed = Condition()  # told after each change
-        self.fds = []  # that hold the locks; the last one is the state folder
+        self.fds = []  # that hold the locks; the third one is the state folder
         self.take()
         self.floor = Floor(f"{folder}/signed")  # see guard
         # A disk that is full or read-only is told now, not at the first signal.
@@ -727,7 +727,6 @@ class Journal:
 
         So is REPOS_DIR, which is still there where somebody removes the state folder."""
         os.makedirs(self.folder, mode=0o700, exist_ok=True)
-        self.identity = None
         # Those of a folder that is gone are worth nothing; REPOS_DIR is taken again at once.
         while self.fds:
             os.close(self.fds.pop())
@@ -737,13 +736,12 @@ class Journal:
             except BlockingIOError:
                 raise OSError(f"another slave.py works in '{path}'")
         self.fds.append(os.open(self.folder, os.O_RDONLY))
-        self.identity = os.fstat(self.fds[-1])
 
     def is_taken(self):
         """Whether the state folder still is the one that was taken."""
         try:
-            return samestat(os.stat(self.folder), self.identity)
-        except (FileNotFoundError, AttributeError):  # AttributeError: it couldn't be taken again
+            return samestat(os.stat(self.folder), os.fstat(self.fds[2]))
+        except (FileNotFoundError, IndexError):  # IndexError: it couldn't be taken again
             return False
 
     def path(self, repo):
@@ -862,7 +860,7 @@ class Journal:
                 os.unlink(f"{self.folder}/{repo}.{kind}")
 
     def sync(self):
-        os.fsync(self.fds[-1])
+        os.fsync(self.fds[2])
 
 
 # -- run: what is live, and a program that changes it -------------------------
