@@ -687,11 +687,6 @@ def write_synced(path, content):
     os.rename(beside, path)
 
 
-# One change of one repository's records, which the journal's thread makes: `method` is one of
-# Records; `answer` is a queue for the Records after it, or the exception that came in their place.
-Change = namedtuple("Change", "repo method args answer")
-
-
 class Journal:
     """The records of all repositories, {repo: Records}; one thread alone changes and writes them,
     but for load().
@@ -704,7 +699,7 @@ class Journal:
         self.records = {}
         self.unread = set()  # repositories whose record is there, but can't be read now
         self.unsaved = set()  # whose last change could not be written; the next one writes it, too
-        self.changes = SimpleQueue()
+        self.changes = SimpleQueue()  # of what commit() asks for
         self.changed = Condition()  # told after each change
         self.fds = []  # that hold the locks; the third one is the state folder
         self.take()
@@ -771,7 +766,7 @@ class Journal:
         if repo in self.unread:
             raise OSError("its record can't be read")
         answer = SimpleQueue()
-        self.changes.put(Change(repo, method, args, answer))
+        self.changes.put((answer, repo, method, args))
         outcome = answer.get()
         if isinstance(outcome, Exception):
             raise outcome
@@ -791,8 +786,8 @@ class Journal:
             except Exception as error:  # no memory, say; the next ones may have some
                 outcomes = [error] * len(batch)
             with suppress(MemoryError):
-                for change, outcome in zip(batch, outcomes):
-                    change.answer.put(outcome)
+                for (answer, *_), outcome in zip(batch, outcomes):
+                    answer.put(outcome)
                 with self.changed:
                     self.changed.notify_all()
 
@@ -832,13 +827,13 @@ class Journal:
         With a failure only after what has happened anyway, such as the start or end of a run."""
         after = {}
         outcomes = []
-        for change in batch:
+        for _, repo, method, args in batch:
             try:
-                if failure and change.method == Records.accept:
+                if failure and method == Records.accept:
                     raise failure
-                before = after.get(change.repo) or self.recall(change.repo)
-                after[change.repo] = change.method(before, *change.args)
-                outcomes.append(after[change.repo])
+                before = after.get(repo) or self.recall(repo)
+                after[repo] = method(before, *args)
+                outcomes.append(after[repo])
             except Exception as error:
                 outcomes.append(error)
         return after, outcomes
