@@ -644,7 +644,7 @@ def decode_records(repo, data):
     # What has ended has a time for it; of what has not there is one of a state at most.
     ended = tuple(record for record in found if record.finished)
     unfinished = {record.state: record for record in found if not record.finished}
-    records = Records(ended, unfinished.get("running"), unfinished.get("queued"))
+    records = Records(ended, **unfinished)
     updates = [record.update for record in records.all()]
     if updates != sorted({record.update for record in found}):
         raise ValueError("updates out of order")
