@@ -516,9 +516,8 @@ class Records(namedtuple("Records", "ended running queued counts",
             update = max(update, newest.update + 1)
             # Until it starts, what is live is what the update before it left.
             asked = dict(asked, commit=newest.commit)
-        record = Record(repo, update, ref, "queued", requested=now, first=update, **asked)
-        if self.queued:
-            record = record._replace(first=self.queued.first)
+        first = self.queued.first if self.queued else update
+        record = Record(repo, update, ref, "queued", requested=now, first=first, **asked)
         return self._replace(queued=record)
 
     def start(self, live, now):
@@ -538,12 +537,14 @@ class Records(namedtuple("Records", "ended running queued counts",
             return self
         # What could not even begin ends all the same.
         begun = self if self.running else self.start(record.commit, now)
-        done = begun.running._replace(finished=now, **changes)
+        running = begun.running
+        changes = dict(changes, finished=now)
         # slave-activate knows nothing of an earlier try, which is what it found live.
-        if begun.running.previous != begun.running.commit:
-            done = done._replace(previous=begun.running.previous)
-        if done.state == "live":
-            done = done._replace(lived=now)
+        if running.previous != running.commit:
+            changes["previous"] = running.previous
+        if changes["state"] == "live":
+            changes["lived"] = now
+        done = running._replace(**changes)
         # Who is bad beneath is told of the newest alone.
         before = [record._replace(beneath_bad=None) for record in self.ended]
         ended = (*before, done)[-MAX_ENDED:]
@@ -575,8 +576,7 @@ class Records(namedtuple("Records", "ended running queued counts",
     def encode(self):
         """The text of a record file: the newest one's fields, and the others as `earlier`."""
         *earlier, newest = [record._asdict() for record in self.all()]
-        text = json.dumps(dict(newest, earlier=earlier))
-        return text.encode() + b"\n"
+        return json.dumps(dict(newest, earlier=earlier)).encode() + b"\n"
 
 
 def is_number(value):
