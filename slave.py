@@ -584,11 +584,6 @@ def is_number(value):
     return 0 <= value < 1e15
 
 
-def is_counts(value):
-    """Whether a value of JSON says how many slaves beneath had which outcome; else an error."""
-    return all(map(is_number, value.values()))
-
-
 # What must hold for the fields of a record; all but those of REQUIRED may be None as well.
 RULES = (
     ("update requested started finished hook first lived tries", is_number),
@@ -598,7 +593,7 @@ RULES = (
     ("ref", is_ref),
     ("message untold", str.isprintable),
     ("via", VIA_RE.fullmatch),
-    ("beneath", is_counts),
+    ("beneath", lambda counts: all(map(is_number, counts.values()))),
     ("beneath_bad", lambda value: isinstance(value, list)),
 )
 REQUIRED = {"requested", "message", "tries"}  # the others are looked at anyway
