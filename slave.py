@@ -2131,15 +2131,16 @@ class Connection(http.server.SimpleHTTPRequestHandler):
         # As it was sent, which is what is signed.
         self.target = self.requestline.split()[1]
         self.route, _, self.query = ORIGIN_RE.sub("/", self.target).partition("?")
-        is_read = self.command in ("GET", "HEAD")
-        # A body is the last of a connection: what nobody reads is never taken for a request.
+        # A body is the last of a connection: what nobody reads is never taken for a request. Nor
+        # is that of a POST without a length, which is refused: see body_length.
         has_body = "Content-Length" in self.headers or "Transfer-Encoding" in self.headers
-        if has_body or self.request_version == "HTTP/1.0" or not is_read:
+        if has_body or self.request_version == "HTTP/1.0":
             self.close_connection = True
-        if self.route != "/healthz" or not is_read:
-            self.server.guard.check_address(self.client_address[0])
         methods = "POST" if self.route == "/hook" else "GET, HEAD"
-        if self.command not in methods.split(", "):
+        is_right = self.command in methods.split(", ")
+        if self.route != "/healthz" or not is_right:
+            self.server.guard.check_address(self.client_address[0])
+        if not is_right:
             raise Refusal(405, f"only {methods}", ("Allow", methods))
         return True
 
