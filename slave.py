@@ -2145,8 +2145,9 @@ class Connection(http.server.SimpleHTTPRequestHandler):
         return True
 
     def send_error(self, code, *_):
-        """What http.server itself refuses; its messages quote the request, so they go nowhere."""
-        raise Refusal(code, http.HTTPStatus(code).phrase.lower())
+        """What http.server itself refuses, by an HTTPStatus; its messages quote the request, so
+        they go nowhere."""
+        raise Refusal(code, code.phrase.lower())
 
     def log_message(self, *args):
         """Nothing: see log()."""
