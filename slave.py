@@ -2177,18 +2177,19 @@ class Connection(http.server.SimpleHTTPRequestHandler):
         if "Expect" in self.headers and self.request_version != "HTTP/1.0":
             self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             self.wfile.flush()
-        body = bytearray()
+        body = b""
         while left:
-            part = self.rfile.read1(min(left, 65536))
-            if not part:
+            # All of a body that is read, or a part of one that is only proved.
+            body = self.rfile.read(min(left, MAX_READ_BODY_BYTES))
+            if not body:
                 raise ConnectionAbortedError("cut off in the middle of a body")
-            left -= len(part)
+            left -= len(body)
             for mac in macs:
-                mac.update(part)
-            if not is_large:
-                body += part
+                mac.update(body)
         self.enter(ANSWERING, ANSWER_TIMEOUT_S)
-        return bytes(body)
+        if is_large:
+            return b""
+        return body
 
     def send(self, status, value, *headers, kind="text/plain"):
         """Sends a whole answer: a text of that kind, or anything else as JSON."""
