@@ -2357,9 +2357,6 @@ class Handler(Connection):
             self.enter(WAITING, SEND_TIMEOUT_S)
             outputfile.write(source.read(min(65536, size - start)))
 
-    def translate_path(self, path):
-        return path
-
     def guess_type(self, path):
         return super().guess_type(self.server.served_file.path)
 
@@ -2389,8 +2386,8 @@ class Server(http.server.ThreadingHTTPServer):
         if ":" in address:
             self.address_family = socket.AF_INET6
         try:
-            # Without a folder of its own SimpleHTTPRequestHandler asks for this process's.
-            super().__init__((address, port), partial(Handler, directory=""))
+            # The folder that Handler's paths begin in: see answer_front.
+            super().__init__((address, port), partial(Handler, directory="/"))
         except OSError as error:
             raise OSError(f"can't listen on port {port} of {address}: {error.strerror} "
                           "(see PORT and BIND)")
