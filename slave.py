@@ -2265,18 +2265,15 @@ class Handler(Connection):
             raise Refusal(400, "no 'repo'")
         getattr(self, ROUTES[self.route])(**asked)
 
-    def check_no_page(self):
-        """A web page may not start anything, not even one that somebody on this network reads."""
-        # Browsers say none where somebody has typed the address.
-        sites = self.headers.get_all("Sec-Fetch-Site", ["none"])
-        if "Origin" in self.headers or sites != ["none"]:
-            raise Refusal(403, "a web page may not start an update")
-
     def answer_signal(self, repo, ref=None, commit=None, by=None, note=None, via=None, **_):
         """Starts an update."""
         if self.command != "GET":
             raise Refusal(405, "only GET starts an update", ("Allow", "GET"))
-        self.check_no_page()
+        # A web page may not start anything, not even one that somebody on this network reads.
+        # Browsers say none where somebody has typed the address.
+        sites = self.headers.get_all("Sec-Fetch-Site", ["none"])
+        if "Origin" in self.headers or sites != ["none"]:
+            raise Refusal(403, "a web page may not start an update")
         if self.signed_at:
             self.server.updater.journal.floor.take(self.signed_at)
         self.start(repo, ref, pin=commit and commit.lower(), by=by, note=note, via=via)
