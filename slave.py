@@ -2034,17 +2034,15 @@ PARAMETERS = {
 def parse_query(query):
     """{name: value} of the parameters that mean something here; Refusal where they are bad."""
     values = {}
-    for part in query.split("&"):
-        name, _, text = part.partition("=")
+    for name, text in re.findall("([^&=]*)=?([^&]*)", query):
         # A URL in the master's list may have a query of its own.
-        is_right = PARAMETERS.get(name)
-        if not is_right:
+        if name not in PARAMETERS:
             continue
         if name in values:
             raise Refusal(400, f"'{name}' is given twice")
         # What is no UTF-8 becomes U+FFFD, which is printable.
         value = unquote(text, errors="replace")
-        if "\ufffd" in value or not is_right(value):
+        if "\ufffd" in value or not PARAMETERS[name](value):
             raise Refusal(400, f"bad '{name}'")
         values[name] = value
     return values
