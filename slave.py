@@ -104,7 +104,7 @@ SEND_TIMEOUT_S = 30  # for a peer to take a part of a file
 CLOSE_TIMEOUT_S = 1  # for a peer to see the end of an answer
 LAST_ANSWERS_S = 0.3  # at the end, for those who still wait
 MAX_LINE_BYTES = 8192  # of a request, and of the log
-MAX_HEADER_BYTES = 16384
+MAX_HEADER_BYTES = 24576  # with the first line
 HEADER_BUFFER_BYTES = 512  # small, as there may be so many connections:
 MAX_CONNECTIONS = 256  # fewer where files are short, as these are kept for all else:
 RESERVED_FILES = 36
@@ -1995,26 +1995,23 @@ Stage = namedtuple("Stage", "rank since deadline")  # times of monotonic()
 
 
 class HeaderReader(io.BufferedReader):
-    """Reads headers line by line, as http.server asks for them, within bounds."""
+    """Reads headers line by line, as http.server asks for them, within bounds.
 
-    def begin(self):
-        """A new header begins."""
-        self.lines = 0
-        self.left = MAX_LINE_BYTES + MAX_HEADER_BYTES
+    `left` is how much may still come of a header: MAX_HEADER_BYTES of one that begins."""
 
     def readline(self, _limit):
         """The next line; ConnectionError where the peer leaves in the middle of a header."""
+        is_first = self.left == MAX_HEADER_BYTES
         # One byte more than is allowed tells a line that is too long from one that just fits.
         line = super().readline(MAX_LINE_BYTES + 1)
         self.left -= len(line)
         if len(line) > MAX_LINE_BYTES or self.left < 0:
-            raise Refusal(431 if self.lines else 414, "request line or header too long")
-        if not line.endswith(b"\n") and (line or self.lines):
+            raise Refusal(414 if is_first else 431, "request line or header too long")
+        if not line.endswith(b"\n") and (line or not is_first):
             raise ConnectionAbortedError("cut off in the middle of a header")
         # http.client would drop it with all that follow, and so take a body for a request.
-        if self.lines and not HEADER_LINE_RE.fullmatch(line):
+        if not is_first and not HEADER_LINE_RE.fullmatch(line):
             raise Refusal(400, "malformed header")
-        self.lines += 1
         return line
 
 
@@ -2110,7 +2107,7 @@ class Connection(http.server.SimpleHTTPRequestHandler):
         self.requestline = self.request_version = self.command = ""
         self.enter(WAITING, HEADER_TIMEOUT_S)
         self.server.handlers.add(self)
-        self.rfile.begin()
+        self.rfile.left = MAX_HEADER_BYTES
         try:
             super().handle_one_request()
         except Refusal as refusal:
