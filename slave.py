@@ -2114,7 +2114,7 @@ class Connection(http.server.SimpleHTTPRequestHandler):
             # It is the last answer of a connection: what comes next may be no request.
             self.close_connection = True
             status, text, *headers = refusal.args
-            log.tell_refusal(f"refused with {status} from {self.client_address[0]}: {text}: "
+            log.tell_refusal(f"refused with {status} from {self.client_address}: {text}: "
                              f"{self.requestline[:200]}")
             self.send(status, dict(refusal.more, error=text), *headers)
 
@@ -2134,7 +2134,7 @@ class Connection(http.server.SimpleHTTPRequestHandler):
         methods = "POST" if self.route == "/hook" else "GET, HEAD"
         is_right = self.command in methods.split(", ")
         if self.route != "/healthz" or not is_right:
-            self.server.guard.check_address(self.client_address[0])
+            self.server.guard.check_address(self.client_address)
         if not is_right:
             raise Refusal(405, f"only {methods}", ("Allow", methods))
         return True
@@ -2244,7 +2244,7 @@ class Handler(Connection):
             if not read_proofs(self.headers):
                 raise Refusal(401, "proof missing or wrong")
             return
-        if self.route in VIEWS and guard.is_from("VIEW_FROM", self.client_address[0]):
+        if self.route in VIEWS and guard.is_from("VIEW_FROM", self.client_address):
             return
         signatures = self.headers.get_all("X-Server-Update-Signature", [])
         self.signed_at = guard.check_signature(
@@ -2275,7 +2275,7 @@ class Handler(Connection):
 
     def start(self, repo, ref, **asked):
         """Queues an update, and tells its id."""
-        record = self.server.updater.take_signal(repo, ref, asked, self.client_address[0])
+        record = self.server.updater.take_signal(repo, ref, asked, self.client_address)
         told = {"repo": repo, "update": record.update, "state": record.state, "ref": ref}
         self.send(202, told, ("Location", f"/status?repo={repo}&update={record.update}"))
 
@@ -2427,14 +2427,18 @@ class Server(http.server.ThreadingHTTPServer):
             raise Stopped  # by shutdown() this thread would wait for itself
 
     def get_request(self):
-        """Accepts a connection; where the host is short of something, one less and later."""
+        """Accepts a connection: its socket, and its peer's address as text alone.
+
+        Where the host is short of something it is one less, and later."""
         try:
-            return super().get_request()
+            request, address = super().get_request()
+            # A socket for both families says ::ffff:192.0.2.1 for an address of IPv4.
+            return request, MAPPED_RE.sub("", address[0])
         except (OSError, MemoryError) as error:
             self.make_room(error)
             raise OSError
 
-    def process_request(self, request, client_address):
+    def process_request(self, *accepted):
         """Has a thread serve a new connection; RuntimeError, MemoryError where there is none."""
         # The limit may be changed from outside at any time.
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -2442,16 +2446,14 @@ class Server(http.server.ThreadingHTTPServer):
         if len(self.handlers) >= max(1, min(MAX_CONNECTIONS, files - RESERVED_FILES)):
             self.drop_one()
             sleep(CLOSING_S)
-        # A socket for both families says ::ffff:192.0.2.1 for an address of IPv4.
-        address = [MAPPED_RE.sub("", client_address[0])]
         try:
-            self.hand_over(request, address)
+            self.hand_over(accepted)
         except (RuntimeError, MemoryError) as error:
             # Another's thread comes free.
             self.make_room(error)
-            self.hand_over(request, address)
+            self.hand_over(accepted)
 
-    def hand_over(self, *accepted):
+    def hand_over(self, accepted):
         """Has an idle thread serve a connection, or a new one: it costs a fifth of an answer."""
         try:
             self.idle.pop().put(accepted)
@@ -2483,7 +2485,7 @@ class Server(http.server.ThreadingHTTPServer):
         """What a connection ended with: mostly its peer's doing, which is nobody's concern."""
         error = sys.exc_info()[1]
         if not isinstance(error, OSError) or isinstance(error, ssl.SSLError):
-            log.tell_refusal(f"connection of {client_address[0]}: {error!r}")
+            log.tell_refusal(f"connection of {client_address}: {error!r}")
 
 
 def any_address():
