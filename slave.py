@@ -37,7 +37,6 @@ import io
 import ipaddress
 import json
 import re
-import resource
 import select
 import selectors
 import shlex
@@ -2441,9 +2440,9 @@ class Server(http.server.ThreadingHTTPServer):
     def process_request(self, *accepted):
         """Has a thread serve a new connection; RuntimeError, MemoryError where there is none."""
         # The limit may be changed from outside at any time.
-        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        files = os.sysconf("SC_OPEN_MAX")
         # There is always room for a new one, or silent ones could shut everybody out.
-        if len(self.handlers) >= max(1, min(MAX_CONNECTIONS, files - RESERVED_FILES)):
+        if len(self.handlers) >= min(MAX_CONNECTIONS, files - RESERVED_FILES):
             self.drop_one()
             sleep(CLOSING_S)
         try:
