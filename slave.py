@@ -2373,7 +2373,10 @@ class Server(http.server.ThreadingHTTPServer):
         self.idle = []  # queues in which threads wait for another connection
         self.read_certificate()
         port = updater.settings["PORT"]
-        address = str(updater.settings["BIND"] or any_address())
+        address = "0.0.0.0"
+        if lexists("/proc/net/if_inet6"):
+            address = "::"  # and all of IPv4 with it
+        address = str(updater.settings["BIND"] or address)
         if ":" in address:
             self.address_family = socket.AF_INET6
         try:
@@ -2485,13 +2488,6 @@ class Server(http.server.ThreadingHTTPServer):
         error = sys.exc_info()[1]
         if not isinstance(error, OSError) or isinstance(error, ssl.SSLError):
             log.tell_refusal(f"connection of {client_address}: {error!r}")
-
-
-def any_address():
-    """What is bound for all addresses of this machine."""
-    if os.path.exists("/proc/net/if_inet6"):
-        return "::"  # and all of IPv4 with it
-    return "0.0.0.0"
 
 
 # -- main --------------------------------------------------------------------------
