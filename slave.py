@@ -2357,7 +2357,6 @@ class Handler(Connection):
 class Server(http.server.ThreadingHTTPServer):
     """Accepts connections, and drops those that are late or too many."""
 
-    daemon_threads = True
     allow_reuse_port = False  # a second slave on the same port is a mistake
     request_queue_size = 1024
     shutdown_request = http.server.socketserver.TCPServer.close_request  # see Connection.finish
