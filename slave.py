@@ -2228,7 +2228,14 @@ class Handler(Connection):
             self.answer_front()
         else:
             self.check_signature()
-            self.answer(**parse_query(self.query))
+            asked = parse_query(self.query)
+            if self.route not in ROUTES:
+                raise Refusal(404, "no such path")
+            if "repo" in asked:
+                self.server.guard.check_repo(asked["repo"])
+            elif self.route not in VIEWS:
+                raise Refusal(400, "no 'repo'")
+            getattr(self, ROUTES[self.route])(**asked)
 
     do_HEAD = do_GET
     do_POST = do_GET
@@ -2248,16 +2255,6 @@ class Handler(Connection):
         signatures = self.headers.get_all("X-Server-Update-Signature", [])
         self.signed_at = guard.check_signature(
             signatures, self.command, self.target, int(time()))
-
-    def answer(self, **asked):
-        """Answers what only who may ask gets an answer to."""
-        if self.route not in ROUTES:
-            raise Refusal(404, "no such path")
-        if "repo" in asked:
-            self.server.guard.check_repo(asked["repo"])
-        elif self.route not in VIEWS:
-            raise Refusal(400, "no 'repo'")
-        getattr(self, ROUTES[self.route])(**asked)
 
     def answer_signal(self, repo, ref=None, commit=None, by=None, note=None, via=None, **_):
         """Starts an update."""
