@@ -2207,14 +2207,15 @@ class Connection(http.server.SimpleHTTPRequestHandler):
 
 
 VIEWS = ("/status", "/metrics")  # which who may look needs no signature for
-ROUTES = {
-    "/": "answer_signal",
-    "/get": "answer_signal",
-    "/get/": "answer_signal",
-    "/hook": "answer_hook",
-    "/status": "answer_status",
-    "/metrics": "answer_metrics",
-}
+ROUTES_TABLE = """
+/        answer_signal
+/get     answer_signal
+/get/    answer_signal
+/hook    answer_hook
+/status  answer_status
+/metrics answer_metrics
+"""
+ROUTES = dict(re.findall("(/.*?) +(.+)", ROUTES_TABLE))
 
 
 class Handler(Connection):
