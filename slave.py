@@ -2076,7 +2076,7 @@ class Connection(http.server.SimpleHTTPRequestHandler):
             # What is left in the buffer goes out here, or raises where the peer has gone.
             super().finish()
             # Input that is unread at the close makes the kernel drop what is still to be sent.
-            socket.socket.shutdown(self.request, socket.SHUT_WR)
+            self.request.shutdown(socket.SHUT_WR)
             self.request.settimeout(CLOSE_TIMEOUT_S)
             # What a peer sends goes on coming after drop() as well.
             while self.stage.rank == WAITING and self.request.recv(MAX_HEADER_BYTES):
