@@ -2314,7 +2314,7 @@ class Handler(Connection):
         # What is liked best comes first, as all clients have it.
         elif "text/html" in self.headers.get(
                 "Accept", "").lower().partition("application/json")[0]:
-            answer = format_page(looked, self.headers.get("Host"), repo)
+            answer = format_page(looked, self.headers["Host"], repo)
         self.send(200, answer, *PAGE_HEADERS, kind="text/html; charset=utf-8")
 
     def answer_metrics(self, **_):
