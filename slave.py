@@ -2439,10 +2439,9 @@ class Server(http.server.ThreadingHTTPServer):
 
     def process_request(self, *accepted):
         """Has a thread serve a new connection; RuntimeError, MemoryError where there is none."""
-        # The limit may be changed from outside at any time.
-        files = os.sysconf("SC_OPEN_MAX")
-        # There is always room for a new one, or silent ones could shut everybody out.
-        if len(self.handlers) >= min(MAX_CONNECTIONS, files - RESERVED_FILES):
+        # There is always room for a new one, or silent ones could shut everybody out. The limit
+        # of files may be changed from outside at any time.
+        if len(self.handlers) >= min(MAX_CONNECTIONS, os.sysconf("SC_OPEN_MAX") - RESERVED_FILES):
             self.drop_one()
             sleep(CLOSING_S)
         try:
