@@ -583,15 +583,20 @@ def is_number(value):
     return 0 <= value < 1e15
 
 
+# What must hold for what a signal says and a record keeps.
+ASKED_RULES = {
+    "repo": is_repo_name,
+    "ref": is_ref,
+    "by": is_note,
+    "note": is_note,
+    "via": VIA_RE.fullmatch,
+}
 # What must hold for the fields of a record; all but those of REQUIRED may be None as well.
 RULES = (
     ("update requested started finished hook first lived tries", is_number),
     ("commit previous pin expect", HASH_RE.fullmatch),
-    ("by note", is_note),
-    ("repo", is_repo_name),
-    ("ref", is_ref),
     ("message untold", str.isprintable),
-    ("via", VIA_RE.fullmatch),
+    *ASKED_RULES.items(),
     ("beneath", lambda counts: all(map(is_number, counts.values()))),
     ("beneath_bad", lambda value: isinstance(value, list)),
 )
@@ -2014,13 +2019,10 @@ class HeaderReader(io.BufferedReader):
         return line
 
 
+# What must hold for the parameters of a request, each of which may be missing.
 PARAMETERS = {
-    "repo": is_repo_name,
-    "ref": is_ref,
+    **ASKED_RULES,
     "commit": re.compile(f"(?i){HASH_RE.pattern}").fullmatch,
-    "by": is_note,
-    "note": is_note,
-    "via": VIA_RE.fullmatch,
     "update": re.compile("[0-9]{1,15}").fullmatch,
     "wait": re.compile(r"[0-9]{1,15}(\.[0-9]+)?").fullmatch,
     "history": re.compile("[01]").fullmatch,
