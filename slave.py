@@ -2343,7 +2343,7 @@ class Handler(Connection):
     def copyfile(self, source, outputfile):
         """Sends a file at any speed its peer has, as long as it takes something now and then."""
         # No more than was announced, should it grow meanwhile.
-        size = os.fstat(source.fileno()).st_size
+        size = os.path.getsize(self.path)
         for start in range(0, size, 65536):
             self.enter(WAITING, SEND_TIMEOUT_S)
             outputfile.write(source.read(min(65536, size - start)))
