@@ -2359,7 +2359,6 @@ class Server(http.server.ThreadingHTTPServer):
 
     allow_reuse_port = False  # a second slave on the same port is a mistake
     request_queue_size = 1024
-    shutdown_request = http.server.socketserver.TCPServer.close_request  # see Connection.finish
     tls = None  # where connections are to be wrapped
     tended = 0  # when late connections were last looked for
 
