@@ -1455,7 +1455,7 @@ class Floor:
         self.path = path
         self.lock = Lock()
         self.at_start = self.read()
-        self.newest = self.saved = self.at_start  # rounded up; what the file has
+        self.newest = self.at_start  # rounded up
 
     def read(self):
         """What is in the file; 0 where there is none."""
@@ -1475,10 +1475,8 @@ class Floor:
 
     def save(self):
         """Writes the file where it is behind or gone; its folder is to be synced."""
-        newest = self.newest
-        if newest != self.saved or newest and not lexists(self.path):
-            write_synced(self.path, b"%d\n" % newest)
-            self.saved = newest
+        if self.newest != self.read():
+            write_synced(self.path, b"%d\n" % self.newest)
 
 
 class Nonces:
@@ -1581,7 +1579,7 @@ class Guard:
 def check_secret(guard, floor):
     """Marks that this slave has a secret; ValueError where it has none now, but had one once."""
     if guard.secrets:
-        floor.newest = max(floor.newest, 1)
+        floor.newest = floor.newest or 1
         floor.save()
     elif floor.at_start:
         raise ValueError(f"there was a secret here, and there is none in '{guard.path}'; bring it "
