@@ -949,19 +949,16 @@ class Run:
 
         Returns whether it was ended by force, as the time was up. Raises Stopped where the slave
         is to stop meanwhile, unless it ends well all the same."""
-        is_late = False
         try:
-            self.listen_until(lambda: self.has_ended() or Run.is_stopping, timeout_s)
-            if not self.has_ended():
-                # From here on it is by force, whether it obeys or not.
-                is_late = not Run.is_stopping
-                signal_group(self.process.pid, SIGTERM)
-                self.listen_until(self.has_ended, KILL_AFTER_S)
-            if not self.has_ended():
-                signal_group(self.process.pid, SIGKILL)
-                self.listen_until(self.has_ended, GIVE_UP_AFTER_S)
+            # From here on it is by force, whether it obeys or not.
+            is_late = not self.listen_until(
+                lambda: self.has_ended() or Run.is_stopping, timeout_s)
+            for number, patience_s in ((SIGTERM, KILL_AFTER_S), (SIGKILL, GIVE_UP_AFTER_S)):
+                if not self.has_ended():
+                    self.signal(number)
+                    self.listen_until(self.has_ended, patience_s)
             # What it left gets a moment to say something: it may be what tells most.
-            signal_group(self.process.pid, SIGTERM)
+            self.signal(SIGTERM)
             self.listen_until(lambda: not self.pipes.get_map(), LEFTOVER_S)
         finally:
             self.close()
@@ -971,17 +968,16 @@ class Run:
         return is_late
 
     def listen_until(self, is_over, timeout_s):
-        """Takes what it says until `is_over` or the time is up."""
+        """Takes what it says until `is_over`, or the time is up; whether it is over then."""
         deadline = monotonic() + timeout_s
-        while not is_over():
+        while not is_over() and monotonic() < deadline:
             # Output wakes what waits for it; where there is none it looks again and again.
             for key, _ in self.pipes.select(POLL_S):
                 part = os.read(key.fd, 65536)
                 key.data(part)
                 if not part:
                     self.pipes.unregister(key.fileobj)
-            if monotonic() >= deadline:
-                return
+        return is_over()
 
     def has_ended(self):
         # WNOWAIT leaves the zombie, which keeps its number: see the class.
@@ -1015,26 +1011,25 @@ class Run:
 
     def close(self):
         """Kills what is still there of it, and forgets it; what can't be killed is only told."""
-        signal_group(self.process.pid, SIGKILL)
+        self.signal(SIGKILL)
         self.process.stdout.close()
         self.process.stderr.close()
         if self.has_ended():
             self.status = self.process.wait()
-        # EPERM says that all that is left may not be signalled: a hook may have become another
-        # user, and this may be a service without CAP_KILL.
-        try:
-            os.killpg(self.process.pid, 0)
-        except ProcessLookupError:
-            pass
-        except PermissionError:
+        # A hook may have become another user, and this may be a service without CAP_KILL.
+        if not self.signal(0):
             log(f"{self.name}: what runs in process group {self.process.pid} as another user "
                 "can't be ended, and is left")
 
-
-def signal_group(leader, number):
-    """Signals all of a process group that may be signalled."""
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(leader, number)
+    def signal(self, number):
+        """Signals all of its group that may be signalled; False where nothing that is left may."""
+        try:
+            os.killpg(self.process.pid, number)
+        except ProcessLookupError:
+            pass
+        except PermissionError:
+            return False
+        return True
 
 
 def say_status(program, status):

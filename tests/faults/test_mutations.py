@@ -115,12 +115,13 @@ def broken(self, repo, ref, now, *more):
     after = original(self, repo, ref, now, *more)
     return after._replace(queued=after.queued._replace(update=int(now * 1000)))
 """, scenarios.ids_grow_although_the_clock_went_back),
-    Mutation("only the shell is ended, not its group", "slave.py", "signal_group", """
-def broken(leader, number):
+    Mutation("only the shell is ended, not its group", "slave.py", "Run.signal", """
+def broken(self, number):
     try:
-        os.kill(leader, number)
+        os.kill(self.process.pid, number)
     except ProcessLookupError:
         pass
+    return True
 """, scenarios.nothing_of_a_run_outlives_it),
     Mutation("slave-activate's exit status ignored", "slave.py", "judge", """
 def broken(*run, **more):
