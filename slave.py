@@ -83,7 +83,6 @@ OUTPUT_KINDS = ("slave-activate: ", "server-update: ", "fatal: ", "error: ", "")
 HOOK_RE = re.compile(r"live, but post-update hook failed \(([0-9]{1,3})\)")
 # What is worth a word although all went well: of the old tree, of a push
 WORTH_RE = re.compile("can(not|'t) remove |[0-9a-f]{7} is not there yet")
-OUTCOME_PATTERN = "%s (?:([0-9a-f]{40,64})|-) (?:([0-9a-f]{40,64})|-)\n?"  # on stdout
 
 # Slaves beneath
 NOT_FOR_RELAYS_RE = re.compile(
@@ -1040,10 +1039,12 @@ def say_status(program, status):
     return f"{program} ended with exit status {status}"
 
 
-def judge(repo, status, stdout, words, late_after_s=None):
+def judge(repo, status, stdout, words, late_after_s):
     """How a run of slave-activate ended, as changes to its record; `words` are its last ones."""
     # The one line of stdout says which commit is live; without it nothing is.
-    live = re.fullmatch(OUTCOME_PATTERN % re.escape(repo), stdout.decode("ascii", "replace"))
+    live = re.fullmatch(
+        rf"{re.escape(repo)} (?:(?P<commit>{HASH_RE.pattern})|-) "
+        rf"(?:(?P<previous>{HASH_RE.pattern})|-)\n?", stdout.decode("ascii", "replace"))
     message = words or say_status("slave-activate", status)
     if late_after_s:
         had_said = words and ", and had said: " + words
@@ -1058,9 +1059,7 @@ def judge(repo, status, stdout, words, late_after_s=None):
     # or the mirror, which counts as one.
     if not live or not (late_after_s or status in (0, 3)):
         return failed(message)
-    commit, previous = live.groups()
-    return {"state": "live", "message": message, "commit": commit, "previous": previous,
-            "hook": judge_hook(status, words)}
+    return dict(live.groupdict(), state="live", message=message, hook=judge_hook(status, words))
 
 
 def judge_hook(status, words):
@@ -1070,7 +1069,7 @@ def judge_hook(status, words):
     # slave-activate says it, unless it was ended together with the hook.
     match = HOOK_RE.match(words)
     if match:
-        return int(match.group(1))
+        return int(match[1])
     if status == 3:
         return 1
     return 128 - (status or -SIGKILL)

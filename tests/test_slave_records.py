@@ -269,9 +269,9 @@ def test_judge(status, stdout, said, late, state, message):
 
 
 def test_judge_an_empty_repository_and_a_long_message():
-    changes = slave.judge("hanuman", 0, ("hanuman - %s" % ONE).encode(), "")
+    changes = slave.judge("hanuman", 0, ("hanuman - %s" % ONE).encode(), "", None)
     assert (changes["commit"], changes["previous"]) == (None, ONE)
-    assert len(slave.judge("hanuman", 1, b"", "x" * 9999)["message"]) == 300
+    assert len(slave.judge("hanuman", 1, b"", "x" * 9999, None)["message"]) == 300
 
 
 # -- names, queries, the log
