@@ -885,11 +885,11 @@ def read_head(git):
 
 def ask_git(git):
     """The commit of HEAD as git tells it, however refs are kept; nothing where there is none."""
-    command = ["git", "--git-dir", git, "rev-parse", "-q", "--verify", "HEAD^{commit}"]
+    command = ["git", f"--git-dir={git}", "rev-parse", "--verify", "HEAD^{commit}"]
     # Without what may lead git to another repository.
     environ = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
     done = subprocess.run(command, env=environ, timeout=GIT_TIMEOUT_S, capture_output=True)
-    return done.stdout.decode("ascii", "replace").strip()
+    return done.stdout.decode().strip()
 
 
 def read_live_commit(tree):
@@ -899,11 +899,11 @@ def read_live_commit(tree):
         if is_emptied(tree):
             return None
         commit = read_head(git)
-        if not HASH_RE.fullmatch(commit):
-            commit = ask_git(git)
+        if HASH_RE.fullmatch(commit):
+            return commit
+        return ask_git(git) or None
     except (OSError, ValueError, SubprocessError):  # ValueError: a path with a NUL
         return None
-    return commit if HASH_RE.fullmatch(commit) else None
 
 
 def find_command(name):
