@@ -1580,31 +1580,33 @@ def check_secret(guard, floor):
                          f"back or, to serve without one, remove {floor.path}")
 
 
-class Hooks:
-    """The pre-update hooks. Once there is one, no update goes without it."""
+def find_pre_updates(settings):
+    """The folders of settings that have a pre-update hook.
 
-    def __init__(self, settings):
-        """OSError where one can't be looked at; what a setting names must exist."""
-        self.there = set()  # folders that have one
-        for key, folder in settings.items():
-            if not key.startswith("HOOKS_DIR"):
-                continue
+    OSError where one can't be looked at; what a setting names must exist."""
+    having = set()
+    for key, folder in settings.items():
+        if key.startswith("HOOKS_DIR"):
             if folder != f"{settings['CONFIG']}/hooks" or not is_absent(folder):
                 os.stat(folder)
-            self.check(folder)
+            check_pre_update(folder, having)
+    return having
 
-    def check(self, folder):
-        """Refusal where there is none by now; OSError where that can't be known."""
-        # One look, as each lets another thread go first: slave-activate looks more closely.
-        try:
-            os.lstat(f"{folder}/pre-update")
-            self.there.add(folder)
-        except FileNotFoundError:
-            if folder in self.there:
-                # Who removes it on purpose has to say so, by a restart.
-                raise Refusal(
-                    503, "the pre-update hook is gone; if that is meant, restart the slave",
-                    RETRY_LATER)
+
+def check_pre_update(folder, having):
+    """Refusal where the hook is gone: once there is one, no update goes without it.
+
+    OSError where that can't be known. `having` are the folders that have had one."""
+    # One look, as each lets another thread go first: slave-activate looks more closely.
+    try:
+        os.lstat(f"{folder}/pre-update")
+        having.add(folder)
+    except FileNotFoundError:
+        if folder in having:
+            # Who removes it on purpose has to say so, by a restart.
+            raise Refusal(
+                503, "the pre-update hook is gone; if that is meant, restart the slave",
+                RETRY_LATER)
 
 
 # -- updater ------------------------------------------------------------------
@@ -1680,7 +1682,7 @@ class Updater:
 
         ValueError where a secret is missing."""
         self.settings = settings
-        self.hooks = Hooks(settings)
+        self.hooks = find_pre_updates(settings)  # folders
         self.command = command  # slave-activate's path
         self.journal = Journal(f"{settings['REPOS_DIR']}/.server-update")
         check_secret(guard, self.journal.floor)  # before the journal has anything to write
@@ -1703,7 +1705,7 @@ class Updater:
 
     def check_hook(self, repo):
         with can("look at the pre-update hook"):
-            self.hooks.check(self.setting("HOOKS_DIR", repo))
+            check_pre_update(self.setting("HOOKS_DIR", repo), self.hooks)
 
     def tree(self, repo):
         """Where a repository's clone is, or would be."""
