@@ -1204,11 +1204,14 @@ def found_live(record, commit):
     return record._replace(commit=commit)
 
 
+def say_counts(counts):
+    """How many there are of each, as '298 live, 2 unreachable'."""
+    return ", ".join(f"{count} {name}" for name, count in counts.items())
+
+
 def add_beneath(changes, beneath):
     """The changes to a record with those of what is beneath, which the message says in words."""
-    sums = [f"{count} {outcome}"
-            for outcome, count in beneath["beneath"].items()]
-    words = [changes["message"], f"beneath: {', '.join(sums)}"]
+    words = [changes["message"], f"beneath: {say_counts(beneath['beneath'])}"]
     # Where nothing was begun somebody has to know why.
     if list(beneath["beneath"]) == ["not started"] and not changes["message"]:
         words.append(beneath["beneath_bad"][0]["message"])
@@ -1393,8 +1396,7 @@ def format_row(now, is_alone):
 def format_page(records, host, is_alone):
     """The page of these repositories, each its newest record as it looks now; or of one alone."""
     records.sort(key=lambda now: list(ADVICE).index(standing(now)))
-    counts = Counter(map(standing, records))
-    summary = ", ".join(f"{count} {state}" for state, count in counts.items())
+    summary = say_counts(Counter(map(standing, records)))
     return f"""\
 <!DOCTYPE html>
 <html lang="en">
