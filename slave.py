@@ -1432,12 +1432,12 @@ def tell_all(records):
 def check_time(when, floor):
     """Refuses what was signed at `when`, if that was not after `floor`: it may be a replay."""
     wait_s = floor + 1 - when
-    if wait_s <= 0:
-        return
-    text = f"signed too long ago to be told from a replay; sign again in {wait_s} s"
-    refusal = Refusal(503, text, ("Retry-After", wait_s))
-    refusal.more = {"floor": floor}
-    raise refusal
+    if wait_s > 0:
+        refusal = Refusal(
+            503, f"signed too long ago to be told from a replay; sign again in {wait_s} s",
+            ("Retry-After", wait_s))
+        refusal.more = {"floor": floor}
+        raise refusal
 
 
 class Floor:
