@@ -79,6 +79,7 @@ MAX_MESSAGE_CHARS = 300
 MAX_PRINTED_BYTES = 49152  # of what a program prints
 # What tells most comes first.
 OUTPUT_KINDS = ("slave-activate: ", "server-update: ", "fatal: ", "error: ", "")
+OUTPUT_RE = re.compile(f"({'|'.join(OUTPUT_KINDS)})(.*)")
 # As slave-activate's run_hook, run_post_update and clean_up say it.
 HOOK_RE = re.compile(r"live, but post-update hook failed \(([0-9]{1,3})\)")
 # What is worth a word although all went well: of the old tree, of a push
@@ -994,10 +995,9 @@ class Run:
         if rest and not part:
             lines.append(rest)
         for line in lines:
-            text = line[:MAX_LINE_BYTES].decode("utf-8", "replace").rstrip().replace("\t", " ")
+            text = line.decode("utf-8", "replace").rstrip().replace("\t", " ")
             log(f"{self.name}: {text}")
-            kind = next(kind for kind in OUTPUT_KINDS if text.startswith(kind))
-            words = text[len(kind):]
+            kind, words = OUTPUT_RE.match(text).groups()
             if words:
                 self.said[kind] = words
 
