@@ -79,7 +79,7 @@ MAX_MESSAGE_CHARS = 300
 MAX_PRINTED_BYTES = 49152  # of what a program prints
 # What tells most comes first.
 OUTPUT_KINDS = ("slave-activate: ", "server-update: ", "fatal: ", "error: ", "")
-OUTPUT_RE = re.compile(f"({'|'.join(OUTPUT_KINDS)})(.*)")
+OUTPUT_RE = re.compile(f"^({'|'.join(OUTPUT_KINDS)})(.+)")
 # As slave-activate's run_hook, run_post_update and clean_up say it.
 HOOK_RE = re.compile(r"live, but post-update hook failed \(([0-9]{1,3})\)")
 # What is worth a word although all went well: of the old tree, of a push
@@ -997,9 +997,7 @@ class Run:
         for line in lines:
             text = line.decode("utf-8", "replace").rstrip().replace("\t", " ")
             log(f"{self.name}: {text}")
-            kind, words = OUTPUT_RE.match(text).groups()
-            if words:
-                self.said[kind] = words
+            self.said.update(OUTPUT_RE.findall(text))
 
     def last_words(self):
         """The last line of the kind that tells most, or an empty text."""
