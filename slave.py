@@ -873,14 +873,12 @@ def is_emptied(tree):
 
 
 def read_head(git):
-    """The commit of HEAD in a .git folder as plain files tell it; nothing where they don't."""
+    """The commit of HEAD in a .git folder as plain files tell it, or anything else."""
     text = "ref: HEAD"
-    for _ in range(3):  # HEAD, the branch, or that by way of another
-        if text.startswith("ref: "):
-            try:
+    with suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        for _ in range(3):  # HEAD, the branch, or that by way of another
+            if text.startswith("ref: "):
                 text = os.fsdecode(read_file(f"{git}/{text[5:]}")).strip()
-            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-                return ""
     return text
 
 
@@ -980,9 +978,9 @@ class Run:
         return is_over()
 
     def has_ended(self):
+        """How it has ended, if it has."""
         # WNOWAIT leaves the zombie, which keeps its number: see the class.
-        return os.waitid(
-            os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        return os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
 
     def take_stdout(self, part):
         self.stdout = (self.stdout + part)[-MAX_PRINTED_BYTES:]
