@@ -1194,9 +1194,9 @@ def read_summary(stdout):
 def found_live(record, commit):
     """A record where that commit is live by now: by hand, perhaps."""
     if record.state == "live" and record.beneath and commit != record.commit:
-        message = "another commit was put live here by hand, and not beneath"
         record = record._replace(
-            message=message, beneath={"not started": sum(record.beneath.values())})
+            message="another commit was put live here by hand, and not beneath",
+            beneath={"not started": sum(record.beneath.values())})
     return record._replace(commit=commit)
 
 
@@ -1284,8 +1284,11 @@ MAX_UNFOLDED = 3  # slaves beneath
 # The only style that a browser takes is the page's own, by its hash; scripts it takes none.
 PAGE_POLICY = ("default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
                "style-src 'sha256-QvANIGNvS/orPOIvQACxOMF1wQL/FlX7MT+52u8nAQI='")
-PAGE_HEADERS = (("Content-Security-Policy", PAGE_POLICY), ("X-Content-Type-Options", "nosniff"),
-                ("Vary", "Accept"))
+PAGE_HEADERS = re.findall("(.+): (.+)", f"""
+Content-Security-Policy: {PAGE_POLICY}
+X-Content-Type-Options: nosniff
+Vary: Accept
+""")
 STYLE = """
 :root {
   --paper: #fff; --ink: #1c2024; --soft: #60646c; --line: #e2e4e9; --link: #0b5cad;
