@@ -1364,9 +1364,9 @@ def format_bad(slave):
 
 def format_again(now):
     """The command that asks for the same update again."""
-    options = [f"--{name} {shlex.quote(value)} "
-               for name, value in (("ref", now.ref), ("commit", now.pin)) if value]
-    return f"server-update {''.join(options)}{now.repo}"
+    ref = f"--ref {shlex.quote(now.ref)} " if now.ref else ""
+    pin = f"--commit {now.pin} " if now.pin else ""
+    return f"server-update {ref}{pin}{now.repo}"
 
 
 def format_row(now, is_alone):
