@@ -865,11 +865,10 @@ def is_emptied(tree):
     # A commit without files is no reason to say that nothing is live, hence the index.
     if names != [".git"]:
         return not names
-    try:
-        index = read_file(f"{tree}/.git/index")
-    except OSError:
-        return False
-    return index[8:12] > bytes(4)  # the number of its entries: gitformat-index(5)
+    with suppress(OSError):
+        # The number of its entries: gitformat-index(5)
+        return read_file(f"{tree}/.git/index")[8:12] > bytes(4)
+    return False
 
 
 def read_head(git):
@@ -1045,11 +1044,12 @@ def judge(repo, status, stdout, words, late_after_s):
     if late_after_s:
         had_said = words and ", and had said: " + words
         message = f"stopped as it took longer than {late_after_s} s (TIMEOUT){had_said}"
-    elif status == 0 and not live:
-        message = "slave-activate did not say which commit is live"
-    elif status == 0 and not WORTH_RE.match(words):
+    elif status == 0:
+        if not live:
+            message = "slave-activate did not say which commit is live"
         # Of an update that went well only what it left behind is worth a word.
-        message = ""
+        elif not WORTH_RE.match(words):
+            message = ""
     message = escape(USER_RE.sub("", message))[:MAX_MESSAGE_CHARS]
     # What had gone live before the time was up is live; 3 is a post-update hook that failed,
     # or the mirror, which counts as one.
