@@ -16,13 +16,12 @@ or SIGINT, 1 could not start, 2 usage or settings.
 """
 
 import os
-import signal
-from signal import SIGHUP, SIGINT, SIGKILL, SIGTERM
+from signal import SIG_IGN, SIGHUP, SIGINT, SIGKILL, SIGTERM, signal
 
 if __name__ == "__main__":  # there is nothing to be stopped yet, nor a certificate to be read
     for number in (SIGTERM, SIGINT):
-        signal.signal(number, lambda *_: os._exit(0))
-    signal.signal(SIGHUP, signal.SIG_IGN)
+        signal(number, lambda *_: os._exit(0))
+    signal(SIGHUP, SIG_IGN)
 
 import _thread
 import argparse
@@ -2512,9 +2511,9 @@ def serve(options):
     if not guard.secrets:
         log(f"no secret: who can reach the port can have repositories of {settings['BASE_URL']} "
             f"updated here; to change that, put one into {guard.path}")
-    signal.signal(SIGTERM, updater.stop)
-    signal.signal(SIGINT, updater.stop)
-    signal.signal(SIGHUP, server.read_certificate)
+    signal(SIGTERM, updater.stop)
+    signal(SIGINT, updater.stop)
+    signal(SIGHUP, server.read_certificate)
     log(f"clones go live in {settings['REPOS_DIR']}, by {command}")
     log(f"listening on port {server.server_address[1]} "
         f"({settings['BIND'] or 'all addresses'}{', TLS' if server.tls else ''})")
@@ -2574,7 +2573,7 @@ def be_process_1(child):
     Returns the child's exit status. Nothing else may wait for just any process."""
     # A signal that comes before this ends process 1, and all of the container with it.
     for number in (SIGTERM, SIGINT, SIGHUP):
-        signal.signal(number, lambda number, _: os.kill(child, number))
+        signal(number, lambda number, _: os.kill(child, number))
     while True:
         pid, status = os.wait()
         if pid == child:
