@@ -49,7 +49,9 @@ from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
-from os.path import abspath, dirname, expanduser, join, lexists, realpath, samestat
+from os.path import (
+    abspath, dirname, expanduser, isdir, islink, join, lexists, normpath, realpath,
+    samestat)
 from queue import SimpleQueue
 from subprocess import DEVNULL, PIPE, Popen, SubprocessError
 from threading import Condition, Lock, stack_size
@@ -1934,10 +1936,10 @@ def find_clone(path, repos, known=None):
     parts = path.split("/")
     while parts:
         # Step by step, as a link in the clone itself must not be followed unseen.
-        here = os.path.normpath(join(here, parts.pop(0)))
+        here = normpath(join(here, parts.pop(0)))
         if dirname(here) == repos:
             return here
-        if os.path.islink(here):
+        if islink(here):
             target = join(dirname(here), os.readlink(here), *parts)
             return find_clone(target, repos, clone)
         if not known and lexists(f"{here}/.git"):
@@ -1957,7 +1959,7 @@ class ServedFile:
         """ValueError where it can't be one."""
         self.path = abspath(path)
         self.repos = realpath(repos)
-        if os.path.isdir(self.path):
+        if isdir(self.path):
             raise ValueError(f"'{self.path}' is a folder, not a file to serve")
 
     def open(self):
