@@ -49,6 +49,7 @@ from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
+from os import environ
 from os.path import (
     abspath, dirname, expanduser, isdir, islink, join, lexists, normpath, realpath,
     samestat)
@@ -263,7 +264,7 @@ class Log:
         with suppress(OSError):  # nobody reads the log: no reason to stop updating
             here = os.fstat(2)
             # Where that is journald's each line has a time without ours: systemd.exec(5).
-            if os.environ.get("JOURNAL_STREAM") == f"{here.st_dev}:{here.st_ino}":
+            if environ.get("JOURNAL_STREAM") == f"{here.st_dev}:{here.st_ino}":
                 now = ""
             line = f"{now}{escape(USER_RE.sub('', text))}".encode()
             if not select.select([], [2], [], self.patience_s)[1]:
@@ -886,8 +887,8 @@ def ask_git(git):
     """The commit of HEAD as git tells it, however refs are kept; nothing where there is none."""
     command = ["git", f"--git-dir={git}", "rev-parse", "--verify", "HEAD^{commit}"]
     # Without what may lead git to another repository.
-    environ = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
-    done = subprocess.run(command, env=environ, timeout=GIT_TIMEOUT_S, capture_output=True)
+    clean = {key: value for key, value in environ.items() if not key.startswith("GIT_")}
+    done = subprocess.run(command, env=clean, timeout=GIT_TIMEOUT_S, capture_output=True)
     return done.stdout.decode().strip()
 
 
@@ -908,7 +909,7 @@ def read_live_commit(tree):
 def find_command(name):
     """The path of a program: on PATH, beside this script, or in /bin."""
     beside = dirname(abspath(__file__))
-    path = os.environ.get("PATH", os.defpath)
+    path = environ.get("PATH", os.defpath)
     command = shutil.which(name, path=f"{path}:{beside}:/bin")
     if not command:
         raise OSError(f"no {name} on PATH, beside slave.py or in /bin")
@@ -1659,12 +1660,12 @@ class Relay:
         refs = ["--ref", record.ref.encode()] if record.ref else []
         # Who asked, why, and by way of whom goes on to those beneath.
         via = ",".join(filter(None, (record.via, self.id)))
-        environ = dict(os.environ, SERVER_UPDATE_BY=(record.by or "").encode(),
-                       SERVER_UPDATE_NOTE=(record.note or "").encode(),
-                       SERVER_UPDATE_VIA=via.encode())
+        variables = dict(environ, SERVER_UPDATE_BY=(record.by or "").encode(),
+                         SERVER_UPDATE_NOTE=(record.note or "").encode(),
+                         SERVER_UPDATE_VIA=via.encode())
         try:
             command = self.command("--json", record.repo, *refs, "--commit", commit)
-            run = Run(f"{record.repo}: beneath", command, environ)
+            run = Run(f"{record.repo}: beneath", command, variables)
         except OSError as error:
             return self.not_started(f"can't run {error}")
         run.finish(NEVER_S)
@@ -1814,11 +1815,11 @@ class Updater:
         refs = [record.ref.encode()] if record.ref else []
         command = [self.command, *pins, record.repo, *refs]
         # A forge may tell of a push before it can be fetched.
-        environ = dict(os.environ, SERVER_UPDATE_EXPECT=record.expect or "")
+        variables = dict(environ, SERVER_UPDATE_EXPECT=record.expect or "")
         for key in ACTIVATE_SETTINGS:
-            environ[f"SERVER_UPDATE_{key}"] = str(self.setting(key, record.repo))
+            variables[f"SERVER_UPDATE_{key}"] = str(self.setting(key, record.repo))
         try:
-            run = Run(record.repo, command, environ)
+            run = Run(record.repo, command, variables)
         except OSError as error:
             return failed(f"can't run {error}")
         timeout_s = self.setting("TIMEOUT", record.repo)
@@ -1858,7 +1859,7 @@ class Updater:
                    record.previous or "-", record.commit or "-", message.encode()]
         name = f"{record.repo}: update-ended"
         try:
-            run = Run(name, command, os.environ)
+            run = Run(name, command, environ)
             run.finish(UPDATE_ENDED_TIMEOUT_S)
             if run.status != 0:
                 log(f"{name}: failed with exit status {run.status}")
@@ -2496,9 +2497,9 @@ def tell_ready(address):
 
 def serve(options):
     """Serves until SIGTERM or SIGINT; OSError or ValueError where it can't start."""
-    manager = os.environ.pop("NOTIFY_SOCKET", "")  # not what this one starts is to be asked
+    manager = environ.pop("NOTIFY_SOCKET", "")  # not what this one starts is to be asked
     folder = config_folder(__file__)
-    settings = read_settings(os.environ, options, folder)
+    settings = read_settings(environ, options, folder)
     guard = Guard(settings)
     served_file = options["FILE"] and ServedFile(options["FILE"], settings["REPOS_DIR"])
     command = find_command("slave-activate")
@@ -2529,7 +2530,7 @@ def print_hook_key(options):
     ref = options["FILE"]
     if not is_repo_name(repo) or ref and not is_ref(ref):
         raise ValueError(f"bad name {repo!r} or ref {ref!r}")
-    guard = Guard(read_settings(os.environ, options, config_folder(__file__)))
+    guard = Guard(read_settings(environ, options, config_folder(__file__)))
     if not guard.secrets:
         raise ValueError(f"no secret; do: (umask 077; openssl rand -hex 32 >{guard.path})")
     print(make_hook_key(guard.secrets[0], repo, ref).decode())
