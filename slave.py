@@ -1719,7 +1719,7 @@ class Updater:
         """Queues what was queued or running when the slave ended."""
         records = self.journal.recall(repo)
         if records.running:
-            self.end_update(repo, records.running.update, failed(INTERRUPTED))
+            self.end_update(records.running, failed(INTERRUPTED))
         for record in records.ended:
             self.teller.submit(self.run_update_ended, record)
         if records.queued:
@@ -1780,7 +1780,7 @@ class Updater:
             message = f"the update can't go on: {error!r}"
             if isinstance(error, Refusal):
                 message = error.args[1]
-            self.end_update(repo, queued.update, failed(message))
+            self.end_update(queued, failed(message))
         finally:
             del self.running[repo]
             self.start_queued()
@@ -1795,7 +1795,7 @@ class Updater:
         changes = self.activate(record)
         if changes["state"] == "live" and self.relay:
             changes = self.update_beneath(record, changes)
-        self.end_update(repo, record.update, changes)
+        self.end_update(record, changes)
 
     def update_beneath(self, record, changes):
         """How it ended here and beneath, as changes to the record; or Stopped."""
@@ -1827,23 +1827,23 @@ class Updater:
         return judge(record.repo, run.status, run.stdout,
                      run.last_words(), is_late and timeout_s)
 
-    def end_update(self, repo, update, changes):
+    def end_update(self, record, changes):
         """Records how an update has ended, unless it had before, and logs it."""
         if changes["state"] == "failed":
             # Whatever goes wrong here, who waits must hear of an end.
             with suppress(Exception):
-                changes["commit"] = read_live_commit(self.tree(repo))
+                changes["commit"] = read_live_commit(self.tree(record.repo))
             if self.relay:
                 changes.update(self.relay.not_started(changes["message"]))
-        hook = f"{self.setting('HOOKS_DIR', repo)}/update-ended"
+        hook = f"{self.setting('HOOKS_DIR', record.repo)}/update-ended"
         if lexists(hook):
             changes["untold"] = hook
         done = self.journal.commit(
-            repo, Records.finish, update, changes, time()).find(update)
+            record.repo, Records.finish, record.update, changes, time()).find(record.update)
         self.teller.submit(self.run_update_ended, done)
         message = done.message and f": {done.message}"
-        log(f"{repo}: update {update} {outcome(done)} after {done.finished - done.started:.1f} s, "
-            f"live is {done.commit or 'nothing'}{message}")
+        log(f"{record.repo}: update {record.update} {outcome(done)} after "
+            f"{done.finished - done.started:.1f} s, live is {done.commit or 'nothing'}{message}")
         if done.state == "failed":
             self.forget_oldest()
 
