@@ -1681,13 +1681,13 @@ class Relay:
 class Updater:
     """Takes signals and runs the updates that they ask for: one of a repository at a time."""
 
-    def __init__(self, settings, command, guard):
+    def __init__(self, settings, guard):
         """What was queued or running when the slave ended is queued again; OSError: can't.
 
         ValueError where a secret is missing."""
         self.settings = settings
+        self.command = find_command("slave-activate")
         self.hooks = find_pre_updates(settings)  # folders
-        self.command = command  # slave-activate's path
         self.journal = Journal(f"{settings['REPOS_DIR']}/.server-update")
         check_secret(guard, self.journal.floor)  # before the journal has anything to write
         self.journal.sync()
@@ -2502,13 +2502,12 @@ def serve(options):
     settings = read_settings(environ, options, folder)
     guard = Guard(settings)
     served_file = options["FILE"] and ServedFile(options["FILE"], settings["REPOS_DIR"])
-    command = find_command("slave-activate")
     # glibc keeps 40 MB of stacks that were used: better a few large ones.
     stack_size(2 << 20)
     # glibc loads now what threads end with: later, without memory, it aborts (bpo-44434).
     start_thread(time)
     # What was queued starts once it listens.
-    updater = Updater(settings, command, guard)
+    updater = Updater(settings, guard)
     server = Server(updater, guard, served_file)
     log(f"slave.py {VERSION}, settings and keys in {folder}")
     if not guard.secrets:
@@ -2517,7 +2516,7 @@ def serve(options):
     signal(SIGTERM, updater.stop)
     signal(SIGINT, updater.stop)
     signal(SIGHUP, server.read_certificate)
-    log(f"clones go live in {settings['REPOS_DIR']}, by {command}")
+    log(f"clones go live in {settings['REPOS_DIR']}, by {updater.command}")
     log(f"listening on port {server.server_address[1]} "
         f"({settings['BIND'] or 'all addresses'}{', TLS' if server.tls else ''})")
     tell_ready(manager)
