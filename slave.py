@@ -1891,11 +1891,6 @@ class Updater:
         with self.journal.changed:
             self.journal.changed.notify_all()  # who waits for an end looks whether its peer does
 
-    def stop(self, *_):
-        """A signal's handler: it may come in the midst of another, so that it may take no lock."""
-        log("stopping")
-        Run.is_stopping = True
-
     def wait_for_end(self, repo, update, wait_s, check_peer):
         """Blocks until an update has ended or the slave stops, `wait_s` at most.
 
@@ -2495,6 +2490,12 @@ def tell_ready(address):
         manager.sendto(b"READY=1", re.sub("^@", "\0", address))
 
 
+def stop(*_):
+    """A signal's handler: it may come in the midst of another, so that it may take no lock."""
+    log("stopping")
+    Run.is_stopping = True
+
+
 def serve(options):
     """Serves until SIGTERM or SIGINT; OSError or ValueError where it can't start."""
     manager = environ.pop("NOTIFY_SOCKET", "")  # not what this one starts is to be asked
@@ -2513,8 +2514,8 @@ def serve(options):
     if not guard.secrets:
         log(f"no secret: who can reach the port can have repositories of {settings['BASE_URL']} "
             f"updated here; to change that, put one into {guard.path}")
-    signal(SIGTERM, updater.stop)
-    signal(SIGINT, updater.stop)
+    signal(SIGTERM, stop)
+    signal(SIGINT, stop)
     signal(SIGHUP, server.read_certificate)
     log(f"clones go live in {settings['REPOS_DIR']}, by {updater.command}")
     log(f"listening on port {server.server_address[1]} "
