@@ -2496,12 +2496,10 @@ def stop(*_):
     Run.is_stopping = True
 
 
-def serve(options):
+def serve(guard, options):
     """Serves until SIGTERM or SIGINT; OSError or ValueError where it can't start."""
     manager = environ.pop("NOTIFY_SOCKET", "")  # not what this one starts is to be asked
-    folder = config_folder(__file__)
-    settings = read_settings(environ, options, folder)
-    guard = Guard(settings)
+    settings = guard.settings
     served_file = options["FILE"] and ServedFile(options["FILE"], settings["REPOS_DIR"])
     # glibc keeps 40 MB of stacks that were used: better a few large ones.
     stack_size(2 << 20)
@@ -2510,7 +2508,7 @@ def serve(options):
     # What was queued starts once it listens.
     updater = Updater(settings, guard)
     server = Server(updater, guard, served_file)
-    log(f"slave.py {VERSION}, settings and keys in {folder}")
+    log(f"slave.py {VERSION}, settings and keys in {settings['CONFIG']}")
     if not guard.secrets:
         log(f"no secret: who can reach the port can have repositories of {settings['BASE_URL']} "
             f"updated here; to change that, put one into {guard.path}")
@@ -2524,13 +2522,12 @@ def serve(options):
     serve_until_stopped(server)
 
 
-def print_hook_key(options):
-    """Prints the key to be entered at a forge; ValueError or OSError where there is none."""
+def print_hook_key(guard, options):
+    """Prints the key to be entered at a forge; ValueError where there is none."""
     repo = options["hook_key"]
     ref = options["FILE"]
     if not is_repo_name(repo) or ref and not is_ref(ref):
         raise ValueError(f"bad name {repo!r} or ref {ref!r}")
-    guard = Guard(read_settings(environ, options, config_folder(__file__)))
     if not guard.secrets:
         raise ValueError(f"no secret; do: (umask 077; openssl rand -hex 32 >{guard.path})")
     print(make_hook_key(guard.secrets[0], repo, ref).decode())
@@ -2558,10 +2555,11 @@ def open_standard_files():
 def serve_or_say(options):
     """Serves or prints a key, or says why it can't; the exit status."""
     try:
+        guard = Guard(read_settings(environ, options, config_folder(__file__)))
         if options["hook_key"]:
-            print_hook_key(options)
+            print_hook_key(guard, options)
         else:
-            serve(options)
+            serve(guard, options)
     except (OSError, ValueError) as error:
         name = getattr(error, "filename", None)
         text = f"can't use '{name}': {error.strerror}" if name else str(error)
