@@ -51,7 +51,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from os import environ
 from os.path import (
-    abspath, dirname, expanduser, isdir, islink, join, lexists, normpath, realpath,
+    abspath, dirname, expanduser, isdir, islink, join, lexists, normpath, realpath, relpath,
     samestat)
 from queue import SimpleQueue
 from subprocess import DEVNULL, PIPE, Popen, SubprocessError
@@ -1922,8 +1922,12 @@ class Updater:
 
 # -- served file ------------------------------------------------------------------
 
-def find_clone(path, repos, known=None):
-    """The clone that a path leads into, by links too; None if into none.
+# What is not shown, as a path from its clone: itself, what is outside, and in git's own folder.
+HIDDEN_RE = re.compile(r"(^|/)(\.|\.\.|\.git)(/|$)", re.I)
+
+
+def find_clone(path, repos, known="/"):
+    """The clone that a path leads into, by links too; / if into none.
 
     That is one in `repos`, or the innermost folder with a .git in it; but no other one of these
     once a link in the clone `known` has been followed, which may lead to any."""
@@ -1933,19 +1937,14 @@ def find_clone(path, repos, known=None):
     while parts:
         # Step by step, as a link in the clone itself must not be followed unseen.
         here = normpath(join(here, parts.pop(0)))
-        if dirname(here) == repos:
+        if dirname(here) == repos != here:  # / is in itself
             return here
         if islink(here):
             target = join(dirname(here), os.readlink(here), *parts)
             return find_clone(target, repos, clone)
-        if not known and lexists(f"{here}/.git"):
+        if known == "/" and lexists(f"{here}/.git"):
             clone = here
     return clone
-
-
-def is_content(path, clone):
-    """Whether a path is in a clone, and not in git's own folder, which knows passwords of URLs."""
-    return path.startswith(f"{clone}/") and ".git" not in path[len(clone):].lower().split("/")
 
 
 class ServedFile:
@@ -1968,10 +1967,11 @@ class ServedFile:
                 # it fails for links that go round in a circle.
                 handle = os.open(self.path, os.O_PATH)
                 try:
-                    clone = find_clone(self.path, self.repos)
+                    clone = realpath(find_clone(self.path, self.repos))
                     name = f"/proc/self/fd/{handle}"
-                    is_shown = not clone or is_content(os.readlink(name), realpath(clone))
-                    if is_shown and stat.S_ISREG(os.fstat(handle).st_mode):
+                    # Nothing of git's own folder either, which knows passwords of URLs.
+                    is_hidden = HIDDEN_RE.search(relpath(os.readlink(name), clone))
+                    if not is_hidden and stat.S_ISREG(os.fstat(handle).st_mode):
                         return open(name, "rb")
                 finally:
                     os.close(handle)
