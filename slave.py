@@ -1620,8 +1620,11 @@ class Relay:
 
     def __init__(self, settings, folder):
         """OSError or ValueError where the list or the options are no good."""
-        self.settings = settings
         self.slavelist = settings["SLAVELIST"]
+        self.options = settings["RELAY_OPTIONS"] or []
+        if settings["SECRET_FILE"]:
+            # One in RELAY_OPTIONS comes after it, and wins.
+            self.options = ["--secret-file", settings["SECRET_FILE"], *self.options]
         # Its id is made once.
         path = f"{folder}/relay-id"
         if is_absent(path):
@@ -1631,11 +1634,7 @@ class Relay:
 
     def command(self, kind, repo, *pins):
         program = find_command("server-update")
-        secret_file = self.settings["SECRET_FILE"]
-        secrets = ["--secret-file", secret_file] if secret_file else []
-        options = self.settings["RELAY_OPTIONS"] or []
-        return [program, kind, "--list", self.slavelist,
-                *pins, *secrets, *options, repo]
+        return [program, kind, "--list", self.slavelist, *pins, *self.options, repo]
 
     def count(self):
         """How many slaves are in the list; ValueError says why that can't be known."""
@@ -1657,14 +1656,18 @@ class Relay:
 
     def update(self, record, commit):
         """Brings all to a commit: changes to a record, or Stopped."""
-        refs = ["--ref", record.ref.encode()] if record.ref else []
+        pins = ["--commit", commit]
+        if record.ref:
+            pins = ["--ref", record.ref.encode(), *pins]
         # Who asked, why, and by way of whom goes on to those beneath.
-        via = ",".join(filter(None, (record.via, self.id)))
+        via = self.id
+        if record.via:
+            via = f"{record.via},{via}"
         variables = dict(environ, SERVER_UPDATE_BY=(record.by or "").encode(),
                          SERVER_UPDATE_NOTE=(record.note or "").encode(),
-                         SERVER_UPDATE_VIA=via.encode())
+                         SERVER_UPDATE_VIA=via)
         try:
-            command = self.command("--json", record.repo, *refs, "--commit", commit)
+            command = self.command("--json", record.repo, *pins)
             run = Run(f"{record.repo}: beneath", command, variables)
         except OSError as error:
             return self.not_started(f"can't run {error}")
