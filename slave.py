@@ -1879,12 +1879,6 @@ class Updater:
         for repo in without[:-MAX_WITHOUT_TREE]:
             self.journal.commit(repo, Records.forget)
 
-    def forget_removed(self, repo):
-        """Forgets a repository whose tree and record somebody has removed."""
-        is_there = lexists(self.journal.path(repo)) or lexists(self.tree(repo))
-        if repo in self.journal.records and not is_there:
-            self.journal.commit(repo, Records.forget)
-
     def tend(self):
         """Called twice a second: starts what could not be started before, or sees to the end."""
         for repo in self.journal.unread.copy():
@@ -1908,7 +1902,10 @@ class Updater:
 
     def status(self, repo, update=None):
         """The record of an update, or the newest one as it looks now; None where there is none."""
-        self.forget_removed(repo)
+        # What somebody has removed, tree and record, is forgotten.
+        is_there = lexists(self.journal.path(repo)) or lexists(self.tree(repo))
+        if repo in self.journal.records and not is_there:
+            self.journal.commit(repo, Records.forget)
         records = self.journal.recall(repo)
         record = records.find(update)
         if not record or record != records.newest():
