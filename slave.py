@@ -1813,10 +1813,12 @@ class Updater:
 
     def activate(self, record):
         """Runs slave-activate; how it ended, as changes to the record; or Stopped."""
-        pins = ["--commit", record.pin] if record.pin else []
-        # Whatever the locale can encode.
-        refs = [record.ref.encode()] if record.ref else []
-        command = [self.command, *pins, record.repo, *refs]
+        command = [self.command]
+        if record.pin:
+            command += ["--commit", record.pin]
+        command.append(record.repo)
+        if record.ref:
+            command.append(record.ref.encode())  # whatever the locale can encode
         # A forge may tell of a push before it can be fetched.
         variables = dict(environ, SERVER_UPDATE_EXPECT=record.expect or "")
         for key in ACTIVATE_SETTINGS:
@@ -1915,8 +1917,8 @@ class Updater:
 
     def look_at_all(self):
         """The newest record of each repository as it looks now."""
-        # A copy, as the journal goes on meanwhile.
-        names = self.journal.unread.union(self.journal.records.copy())
+        # A copy, made in one step, as the journal goes on meanwhile.
+        names = self.journal.unread.union(self.journal.records)
         return [record for record in map(self.status, sorted(names)) if record]
 
 
