@@ -51,8 +51,8 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from os import environ
 from os.path import (
-    abspath, dirname, expanduser, isdir, islink, join, lexists, normpath, realpath, relpath,
-    samestat)
+    abspath, dirname, expanduser, isdir, isfile, islink, join, lexists, normpath, realpath,
+    relpath, samestat)
 from queue import SimpleQueue
 from subprocess import DEVNULL, PIPE, Popen, SubprocessError
 from threading import Condition, Lock, stack_size
@@ -1973,7 +1973,7 @@ class ServedFile:
                     name = f"/proc/self/fd/{handle}"
                     # Nothing of git's own folder either, which knows passwords of URLs.
                     is_hidden = HIDDEN_RE.search(relpath(os.readlink(name), clone))
-                    if not is_hidden and stat.S_ISREG(os.fstat(handle).st_mode):
+                    if isfile(name) and not is_hidden:
                         return open(name, "rb")
                 finally:
                     os.close(handle)
