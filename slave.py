@@ -1856,10 +1856,11 @@ class Updater:
         """Runs update-ended, unless it has run; what a stop cuts off is for the next start."""
         if not record.untold:
             return
-        # With the names of the first that are bad beneath.
-        bad = record.beneath_bad or []
-        names = ", ".join(one["slave"] for one in bad[:MAX_NAMES])
-        message = record.message + (names and f" ({names})")
+        message = record.message
+        if record.beneath_bad:
+            # With the names of the first of them.
+            names = ", ".join(bad["slave"] for bad in record.beneath_bad[:MAX_NAMES])
+            message = f"{message} ({names})"
         command = [record.untold, record.repo, outcome(record),
                    record.previous or "-", record.commit or "-", message.encode()]
         name = f"{record.repo}: update-ended"
