@@ -1633,13 +1633,13 @@ class Relay:
         log(f"{self.count()} slaves beneath, of {self.slavelist}")
 
     def command(self, kind, repo, *pins):
-        program = find_command("server-update")
-        return [program, kind, "--list", self.slavelist, *pins, *self.options, repo]
+        return [find_command("server-update"), kind, "--list", self.slavelist,
+                *pins, *self.options, repo]
 
     def count(self):
         """How many slaves are in the list; ValueError says why that can't be known."""
-        command = self.command("--dry-run", "any")
-        done = subprocess.run(command, capture_output=True, timeout=LIST_TIMEOUT_S)
+        done = subprocess.run(self.command("--dry-run", "any"), capture_output=True,
+                              timeout=LIST_TIMEOUT_S)
         if done.returncode:
             words = done.stderr.decode("utf-8", "replace").split("server-update: ")
             raise ValueError(f"SLAVELIST or RELAY_OPTIONS: {words[-1].strip()}")
@@ -1647,10 +1647,9 @@ class Relay:
 
     def not_started(self, why):
         """The changes to a record where nothing was begun beneath."""
-        try:
+        listed = 1
+        with suppress(OSError, ValueError, SubprocessError):
             listed = self.count()
-        except (OSError, ValueError, SubprocessError):
-            listed = 1
         bad = {"slave": self.slavelist, "outcome": "not started", "message": why}
         return {"beneath": {"not started": listed}, "beneath_bad": [bad]}
 
@@ -1667,8 +1666,8 @@ class Relay:
                          SERVER_UPDATE_NOTE=(record.note or "").encode(),
                          SERVER_UPDATE_VIA=via)
         try:
-            command = self.command("--json", record.repo, *pins)
-            run = Run(f"{record.repo}: beneath", command, variables)
+            run = Run(f"{record.repo}: beneath", self.command("--json", record.repo, *pins),
+                      variables)
         except OSError as error:
             return self.not_started(f"can't run {error}")
         run.finish(NEVER_S)
