@@ -1691,6 +1691,7 @@ class Updater:
         self.command = find_command("slave-activate")
         self.hooks = find_pre_updates(settings)  # folders
         self.journal = Journal(f"{settings['REPOS_DIR']}/.server-update")
+        self.commit = self.journal.commit
         check_secret(guard, self.journal.floor)  # before the journal has anything to write
         self.journal.sync()
         # Each change of these is one step, so that only run_next(), which makes two, needs a lock.
@@ -1740,8 +1741,7 @@ class Updater:
         if self.relay and self.relay.id in (asked.get("via") or ""):
             raise Refusal(409, "a circle of relays: this one is beneath itself")
         with can("record the update"):
-            record = self.journal.commit(
-                repo, Records.accept, repo, ref, time(), asked).queued
+            record = self.commit(repo, Records.accept, repo, ref, time(), asked).queued
         why = ", ".join(filter(None, (peer, record.by, record.note)))
         log(f"{repo}: update {record.update} was asked for by {why}")
         self.waiting[repo] = True
@@ -1775,7 +1775,7 @@ class Updater:
             if queued:
                 self.update(repo)
         except Stopped:
-            self.journal.commit(repo, Records.requeue)
+            self.commit(repo, Records.requeue)
             log(f"{repo}: update {queued.update} stopped, to be taken up again")
         except Exception as error:
             # Whatever it is, who waits must hear of an end.
@@ -1789,7 +1789,7 @@ class Updater:
 
     def update(self, repo):
         """Runs the queued update of a repository, and records how it ended; or Stopped."""
-        record = self.journal.commit(
+        record = self.commit(
             repo, Records.start, read_live_commit(self.tree(repo)), time()).running
         log(f"{repo}: update {record.update} starts, ref {record.ref or 'not given'}")
         # It may have vanished while this update was queued.
@@ -1842,7 +1842,7 @@ class Updater:
         hook = f"{self.setting('HOOKS_DIR', record.repo)}/update-ended"
         if lexists(hook):
             changes["untold"] = hook
-        done = self.journal.commit(
+        done = self.commit(
             record.repo, Records.finish, record.update, changes, time()).find(record.update)
         self.teller.submit(self.run_update_ended, done)
         message = done.message and f": {done.message}"
@@ -1870,7 +1870,7 @@ class Updater:
                 log(f"{name}: failed with exit status {run.status}")
         except OSError as error:
             log(f"{name}: can't run {error}")
-        self.journal.commit(record.repo, Records.tell, record.update)
+        self.commit(record.repo, Records.tell, record.update)
 
     def forget_oldest(self):
         """Forgets the oldest of too many repositories that have no tree: any name makes one."""
@@ -1879,7 +1879,7 @@ class Updater:
         # The newest ones stay: somebody may still ask how they ended.
         without.sort(key=lambda repo: records[repo].newest().requested)
         for repo in without[:-MAX_WITHOUT_TREE]:
-            self.journal.commit(repo, Records.forget)
+            self.commit(repo, Records.forget)
 
     def tend(self):
         """Called twice a second: starts what could not be started before, or sees to the end."""
@@ -1907,7 +1907,7 @@ class Updater:
         # What somebody has removed, tree and record, is forgotten.
         is_there = lexists(self.journal.path(repo)) or lexists(self.tree(repo))
         if repo in self.journal.records and not is_there:
-            self.journal.commit(repo, Records.forget)
+            self.commit(repo, Records.forget)
         records = self.journal.recall(repo)
         record = records.find(update)
         if not record or record != records.newest():
