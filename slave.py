@@ -461,12 +461,12 @@ def read_settings(environ, options, folder=CONFIG_FOLDER):
 # -- records: what is remembered of updates; pure ---------------------------
 
 # One update. /status tells the fields of TOLD; times are seconds since 1970; `first` is the oldest
-# update in whose place this one is, or itself; `tries` are those that a kill of the slave cut off;
-# `untold` is the path of the hook update-ended until that has run; `lived` is when an update went
-# live last, this one or one before it.
+# update in whose place this one is, or itself; `untold` is the path of the hook update-ended until
+# that has run; `lived` is when an update went live last, this one or one before it; `tries` are
+# those that a kill of the slave cut off.
 Record = namedtuple("Record", "repo update ref state requested started finished commit previous "
-                    "message pin hook beneath beneath_bad by note via expect first tries untold "
-                    "lived", defaults=[None] * 4 + [""] + [None] * 9 + [0, None, None])
+                    "message pin hook beneath beneath_bad by note via expect first untold lived "
+                    "tries", defaults=[None] * 4 + [""] + [None] * 11 + [0])
 TOLD = Record._fields[:16]
 
 
@@ -518,7 +518,8 @@ class Records(namedtuple("Records", "ended running queued counts",
             # Until it starts, what is live is what the update before it left.
             asked = dict(asked, commit=newest.commit)
         first = self.queued.first if self.queued else update
-        record = Record(repo, update, ref, "queued", requested=now, first=first, **asked)
+        record = Record(
+            repo, update, ref, "queued", requested=now, first=first, **asked)
         return self._replace(queued=record)
 
     def start(self, live, now):
@@ -527,8 +528,8 @@ class Records(namedtuple("Records", "ended running queued counts",
         lived = self.ended[-1].lived if self.ended else None
         # What was live before this update, also where an earlier try has put something else live.
         previous = self.queued.previous or live
-        begun = self.queued._replace(state="running", started=now, commit=live, previous=previous,
-                                     lived=lived)
+        begun = self.queued._replace(
+            state="running", started=now, commit=live, previous=previous, lived=lived)
         return self._replace(running=begun, queued=None)
 
     def finish(self, update, changes, now):
@@ -567,7 +568,8 @@ class Records(namedtuple("Records", "ended running queued counts",
 
     def requeue(self, **changes):
         """What runs is queued again, with these changes, or what is queued takes its place."""
-        again = self.queued or self.running._replace(state="queued", started=None, **changes)
+        again = self.queued or self.running._replace(
+            state="queued", started=None, **changes)
         again = again._replace(first=self.running.first)
         return self._replace(queued=again, running=None)
 
@@ -842,8 +844,9 @@ class Journal:
     def recall(self, repo):
         """The Records of a repository; one that says so, where they can't be read now."""
         if repo in self.unread:
-            message = "its record can't be read; the log says why"
-            return Records((Record(repo, 0, None, "failed", 0, finished=time(), message=message),))
+            failed_now = Record(repo, 0, None, "failed", 0, finished=time(),
+                                message="its record can't be read; the log says why")
+            return Records((failed_now,))
         return self.records.get(repo, Records())
 
     def save(self, repo, records):
