@@ -427,9 +427,8 @@ def read_conf(path):
             # Without the quotes around it that sh would take away as well.
             text = re.sub("^(['\"])(.*)\\1$", r"\2", text)
             # A bad value is a mistake even where the environment or an option has a better one.
-            value = parse_setting(key, text, before=where)
             if text:
-                values[key] = value
+                values[key] = parse_setting(key, text, before=where)
     return values
 
 
@@ -448,9 +447,9 @@ def read_settings(environ, options, folder=CONFIG_FOLDER):
     for key in values:
         general = key.partition(".")[0]
         for name in (f"SERVER_UPDATE_{general}", option_name(general)):
-            if given.get(name):
-                text = given[name].strip()
-                values[key] = parse_setting(general, text, after=f" (set by {name})")
+            text = given.get(name)
+            if text:
+                values[key] = parse_setting(general, text.strip(), after=f" (set by {name})")
     values["CONFIG"] = folder
     # A certificate may have its key in the same file; a key alone certifies nothing.
     if values["TLS_KEY"] and not values["TLS_CERT"]:
