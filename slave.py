@@ -523,12 +523,10 @@ class Records(namedtuple("Records", "ended running queued counts",
 
     def start(self, live, now):
         """The queued update runs; `live` is the commit that is live before it."""
-        # When something went live last is known however many updates have failed since.
-        lived = self.ended[-1].lived if self.ended else None
         # What was live before this update, also where an earlier try has put something else live.
         previous = self.queued.previous or live
         begun = self.queued._replace(
-            state="running", started=now, commit=live, previous=previous, lived=lived)
+            state="running", started=now, commit=live, previous=previous)
         return self._replace(running=begun, queued=None)
 
     def finish(self, update, changes, now):
@@ -539,13 +537,14 @@ class Records(namedtuple("Records", "ended running queued counts",
         # What could not even begin ends all the same.
         begun = self if self.running else self.start(record.commit, now)
         running = begun.running
-        changes = dict(changes, finished=now)
+        # When something went live last is known however many updates have failed since.
+        lived = self.ended[-1].lived if self.ended else None
+        if changes["state"] == "live":
+            lived = now
+        done = running._replace(finished=now, lived=lived, **changes)
         # slave-activate knows nothing of an earlier try, which is what it found live.
         if running.previous != running.commit:
-            changes["previous"] = running.previous
-        if changes["state"] == "live":
-            changes["lived"] = now
-        done = running._replace(**changes)
+            done = done._replace(previous=running.previous)
         # Who is bad beneath is told of the newest alone.
         before = [record._replace(beneath_bad=None) for record in self.ended]
         ended = (*before, done)[-MAX_ENDED:]
