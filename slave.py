@@ -1011,8 +1011,7 @@ class Run:
         self.signal(SIGKILL)
         self.process.stdout.close()
         self.process.stderr.close()
-        if self.has_ended():
-            self.status = self.process.wait()
+        self.status = self.process.poll()
         # A hook may have become another user, and this may be a service without CAP_KILL.
         if not self.signal(0):
             log(f"{self.name}: what runs in process group {self.process.pid} as another user "
