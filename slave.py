@@ -874,19 +874,19 @@ def is_emptied(tree):
     return False
 
 
-def read_head(git):
-    """The commit of HEAD in a .git folder as plain files tell it, or anything else."""
+def read_head(tree):
+    """The commit of HEAD in a clone as plain files tell it; anything else where they don't."""
     text = "ref: HEAD"
     with suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
         for _ in range(3):  # HEAD, the branch, or that by way of another
             if text.startswith("ref: "):
-                text = os.fsdecode(read_file(f"{git}/{text[5:]}")).strip()
+                text = os.fsdecode(read_file(f"{tree}/.git/{text[5:]}")).strip()
     return text
 
 
-def ask_git(git):
+def ask_git(tree):
     """The commit of HEAD as git tells it, however refs are kept; nothing where there is none."""
-    command = ["git", f"--git-dir={git}", "rev-parse", "--verify", "HEAD^{commit}"]
+    command = ["git", f"--git-dir={tree}/.git", "rev-parse", "--verify", "HEAD^{commit}"]
     # Without what may lead git to another repository.
     clean = {key: value for key, value in environ.items() if not key.startswith("GIT_")}
     done = subprocess.run(command, env=clean, timeout=GIT_TIMEOUT_S, capture_output=True)
@@ -895,14 +895,13 @@ def ask_git(git):
 
 def read_live_commit(tree):
     """The commit that is checked out in a clone; None: there is none. It never waits for long."""
-    git = f"{tree}/.git"
     try:
         if is_emptied(tree):
             return None
-        commit = read_head(git)
+        commit = read_head(tree)
         if HASH_RE.fullmatch(commit):
             return commit
-        return ask_git(git) or None
+        return ask_git(tree) or None
     except (OSError, ValueError, SubprocessError):  # ValueError: a path with a NUL
         return None
 
