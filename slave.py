@@ -1934,14 +1934,14 @@ def find_clone(path, repos, known="/"):
     once a link in the clone `known` has been followed, which may lead to any."""
     clone = known
     here = "/"
-    parts = path.split("/")
-    while parts:
+    while path:
         # Step by step, as a link in the clone itself must not be followed unseen.
-        here = normpath(join(here, parts.pop(0)))
+        step, _, path = path.partition("/")
+        here = normpath(join(here, step))
         if dirname(here) == repos != here:  # / is in itself
             return here
         if islink(here):
-            target = join(dirname(here), os.readlink(here), *parts)
+            target = join(dirname(here), os.readlink(here), path)
             return find_clone(target, repos, clone)
         if known == "/" and lexists(f"{here}/.git"):
             clone = here
