@@ -2553,22 +2553,6 @@ def open_standard_files():
         pass  # the first that is free; one more stays open
 
 
-def serve_or_say(options):
-    """Serves or prints a key, or says why it can't; the exit status."""
-    try:
-        guard = Guard(read_settings(environ, options, config_folder(__file__)))
-        if options["hook_key"]:
-            print_hook_key(guard, options)
-        else:
-            serve(guard, options)
-    except (OSError, ValueError) as error:
-        name = getattr(error, "filename", None)
-        text = f"can't use '{name}': {error.strerror}" if name else str(error)
-        print(f"slave.py: {USER_RE.sub('', text)}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) or options["hook_key"] else 1
-    return 0
-
-
 def be_process_1(child):
     """As process 1 of a container: passes signals on to the child, and reaps what it inherits.
 
@@ -2597,14 +2581,25 @@ def make_parser():
 
 
 def main(argv=None):
-    """Does what the command line says; returns the exit status."""
+    """Serves or prints a key, or says why it can't; returns the exit status."""
     open_standard_files()
     options = vars(make_parser().parse_args(argv))
     if os.getpid() == 1:
         child = os.fork()
         if child:
             return be_process_1(child)
-    return serve_or_say(options)
+    try:
+        guard = Guard(read_settings(environ, options, config_folder(__file__)))
+        if options["hook_key"]:
+            print_hook_key(guard, options)
+        else:
+            serve(guard, options)
+    except (OSError, ValueError) as error:
+        name = getattr(error, "filename", None)
+        text = f"can't use '{name}': {error.strerror}" if name else str(error)
+        print(f"slave.py: {USER_RE.sub('', text)}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) or options["hook_key"] else 1
+    return 0
 
 
 if __name__ == "__main__":
