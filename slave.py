@@ -239,6 +239,11 @@ class Stopped(Exception):
     """What was under way has been ended, as this slave is to stop."""
 
 
+def not_now(text):
+    """The Refusal of what may be asked again in a moment."""
+    return Refusal(503, text, RETRY_LATER)
+
+
 def escape(text):
     """`text` with all that could move a cursor or begin a line written as an escape."""
     for char in set(text):
@@ -1502,7 +1507,7 @@ def can(what):
     try:
         yield
     except OSError as error:
-        raise Refusal(503, f"can't {what}: {error.strerror or error}", RETRY_LATER)
+        raise not_now(f"can't {what}: {error.strerror or error}")
 
 
 class Guard:
@@ -1607,9 +1612,7 @@ def check_pre_update(folder, having):
     except FileNotFoundError:
         if folder in having:
             # Who removes it on purpose has to say so, by a restart.
-            raise Refusal(
-                503, "the pre-update hook is gone; if that is meant, restart the slave",
-                RETRY_LATER)
+            raise not_now("the pre-update hook is gone; if that is meant, restart the slave")
 
 
 # -- updater ------------------------------------------------------------------
@@ -1731,11 +1734,11 @@ class Updater:
     def take_signal(self, repo, ref, asked, peer):
         """Queues an update; its record, which is on disk then, or a Refusal."""
         if Run.is_stopping:
-            raise Refusal(503, "this slave is stopping", RETRY_LATER)
+            raise not_now("this slave is stopping")
         is_full = repo not in self.waiting and len(self.waiting) >= MAX_QUEUED
         # Strangers can make up any number of names, but no tree.
         if is_full and not lexists(self.tree(repo)):
-            raise Refusal(503, "too many updates are queued", RETRY_LATER)
+            raise not_now("too many updates are queued")
         self.check_hook(repo)
         if self.relay and self.relay.id in (asked.get("via") or ""):
             raise Refusal(409, "a circle of relays: this one is beneath itself")
@@ -2163,7 +2166,7 @@ class Connection(http.server.SimpleHTTPRequestHandler):
         self.enter(RECEIVING_MUCH if is_large else WAITING, BODY_TIMEOUT_S)
         ranks = [one.stage.rank for one in list(self.server.handlers)]
         if ranks.count(RECEIVING_MUCH) > MAX_LARGE_BODIES and is_large:
-            raise Refusal(503, "too many large bodies", RETRY_LATER)
+            raise not_now("too many large bodies")
         if "Expect" in self.headers and self.request_version != "HTTP/1.0":
             self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             self.wfile.flush()
@@ -2295,7 +2298,7 @@ class Handler(Connection):
             answer = tell_all(looked)
         else:
             if repo in updater.journal.unread:
-                raise Refusal(503, "its record can't be read", RETRY_LATER)
+                raise not_now("its record can't be read")
             if update:
                 update = int(update)
             updater.wait_for_end(repo, update, min(float(wait), MAX_WAIT_S), self.check_peer)
