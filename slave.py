@@ -29,6 +29,7 @@ import base64
 import errno
 import fcntl
 import fnmatch
+import hashlib
 import hmac
 import html
 import http.server
@@ -45,8 +46,9 @@ import ssl
 import stat
 import subprocess
 import sys
+import tempfile
 from collections import Counter, namedtuple
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait as wait_for
 from contextlib import contextmanager, suppress
 from functools import partial
 from os import environ
@@ -83,9 +85,9 @@ MAX_PRINTED_BYTES = 49152  # of what a program prints
 OUTPUT_KINDS = ("slave-activate: ", "server-update: ", "fatal: ", "error: ", "")
 OUTPUT_RE = re.compile(f"^({'|'.join(OUTPUT_KINDS)})(.+)")
 # As slave-activate's run_hook, run_post_update and clean_up say it.
-HOOK_RE = re.compile(r"live, but post-update hook failed \(([0-9]{1,3})\)")
+HOOK_PATTERN = r"live, but post-update hook failed \(([0-9]{1,3})\)"
 # What is worth a word although all went well: of the old tree, of a push
-WORTH_RE = re.compile("can(not|'t) remove |[0-9a-f]{7} is not there yet")
+WORTH_PATTERN = "can(not|'t) remove |[0-9a-f]{7} is not there yet"
 
 # Slaves beneath
 NOT_FOR_RELAYS_RE = re.compile(
@@ -128,6 +130,17 @@ BODY_TIMEOUT_S = 30  # in all
 MAX_BODY_BYTES = 25 << 20  # as much as a forge sends
 MAX_READ_BODY_BYTES = 256 << 10  # those that are larger are only proved
 MAX_LARGE_BODIES = 4  # at once
+
+# Clones from here
+MAX_GIT_CONNECTIONS = 1024  # in all, where somebody may clone
+MAX_GIT_RUNS = 8  # whose output is taken at the same time
+GIT_RUN_TIMEOUT_S = 3600
+KEEP_ANSWER_S = 60  # for those who ask the same a little later
+MORE_EVERY_S = 0.1  # how often more of an answer is looked for that is being made
+# What git asks for: the one by POST, the other by GET or HEAD.
+GIT_RE = re.compile("(POST)?(?:GET|HEAD)? /git/([^/]+)[.]git/"
+                    "(?(1)git-upload-pack[?]|info/refs[?]service=git-upload-pack)")
+CHUNK_PATTERN = rb"([0-9A-Fa-f]{1,7})[ \t]*(;.*)?\r?\n"  # RFC 9112
 
 # Signatures
 SIGNATURE_RE = re.compile(r"t=([0-9]{1,12}),n=([0-9a-f]{32}),s=([0-9a-f]{64})")
@@ -378,6 +391,7 @@ TIMEOUT       time  seconds for an update (600)
 SUBMODULES    yesno yes or no: clone them (yes)
 SECRET_FILE   path  keys, a line each, else /etc/server-update/secret if it exists
 ALLOW_FROM    nets  addresses and networks that may ask, else all
+GIT_FROM      nets  addresses and networks that may clone from here
 VIEW_FROM     nets  addresses and networks that may read /status and /metrics unsigned
 ALLOW_REPOS   globs globs of repositories that may be updated, else all
 SLAVELIST     path  slaves beneath: they follow each update of this one
@@ -391,10 +405,10 @@ SETTINGS = {
         r"(?m)^(\w+) +(\w+) +(.*?(?: \((\S+)\))?)$", SETTINGS_TABLE)
 }
 
-# What KEY.NAME may set for the repository NAME alone; what slave-activate is told. The latter need
-# a default: None would be told as that word.
+# What KEY.NAME may set for the repository NAME alone; what slave-activate is told: of GIT_FROM it
+# wants to know whether it is set.
 OWN_SETTINGS = ("BASE_URL", "HOOKS_DIR", "SUBMODULES", "TIMEOUT")
-ACTIVATE_SETTINGS = ("REPOS_DIR", *OWN_SETTINGS)
+ACTIVATE_SETTINGS = ("REPOS_DIR", "GIT_FROM", *OWN_SETTINGS)
 
 
 def option_name(key):
@@ -931,7 +945,7 @@ class Run:
     stdout = b""  # the end of it
     status = None  # as subprocess's returncode; None where it could not be ended
 
-    def __init__(self, name, command, environ):
+    def __init__(self, name, command, environ, stdin=DEVNULL):
         """Starts it; OSError where it can't, Stopped where none may start any more.
 
         Its stderr is logged, each line after `name`."""
@@ -941,7 +955,7 @@ class Run:
         self.said = {}  # {kind of line: the last one}, see OUTPUT_KINDS
         # A session of its own is a group of its own, too: signals reach all that it starts.
         self.process = Popen(
-            command, env=environ, stdin=DEVNULL, stdout=PIPE,
+            command, env=environ, stdin=stdin, stdout=PIPE,
             stderr=PIPE, start_new_session=True)
         # What it leaves behind may hold the pipes open: nothing waits for their end.
         self.pipes = selectors.PollSelector()
@@ -999,7 +1013,7 @@ class Run:
         if rest and not part:
             lines.append(rest)
         for line in lines:
-            text = line.decode("utf-8", "replace").rstrip().replace("\t", " ")
+            text = line[:MAX_LINE_BYTES].decode("utf-8", "replace").rstrip().replace("\t", " ")
             log(f"{self.name}: {text}")
             self.said.update(OUTPUT_RE.findall(text))
 
@@ -1054,7 +1068,7 @@ def judge(repo, status, stdout, words, late_after_s):
         if not live:
             message = "slave-activate did not say which commit is live"
         # Of an update that went well only what it left behind is worth a word.
-        elif not WORTH_RE.match(words):
+        elif not re.match(WORTH_PATTERN, words):
             message = ""
     message = escape(USER_RE.sub("", message))[:MAX_MESSAGE_CHARS]
     # What had gone live before the time was up is live; 3 is a post-update hook that failed,
@@ -1069,7 +1083,7 @@ def judge_hook(status, words):
     if status == 0:
         return None
     # slave-activate says it, unless it was ended together with the hook.
-    match = HOOK_RE.match(words)
+    match = re.match(HOOK_PATTERN, words)
     if match:
         return int(match[1])
     if status == 3:
@@ -1432,6 +1446,76 @@ def tell_all(records):
     return {"version": VERSION, "repos": repos}
 
 
+# -- clones from here: by git's own upload-pack -------------------------------
+
+# Answers a request of this kind, protocol and encoding, of which there may be None. What somebody
+# has just been told of is sent even if no ref leads to it any more; what is unpacked is bounded,
+# at what 300,000 commits take that somebody has. See gitprotocol-http(5).
+UPLOAD_PACK = r"""
+mirror=$0 kind=$1 protocol=$2 encoding=$3
+
+upload_pack() {
+  env -i PATH="$PATH" HOME="$HOME" GIT_PROTOCOL="$protocol" \
+    git -c uploadpack.allowAnySHA1InWant=true \
+    upload-pack --strict --stateless-rpc "$@" "$mirror"
+}
+
+case $kind,$encoding in
+  advertisement,*)
+    printf '001e# service=git-upload-pack\n0000'
+    upload_pack --advertise-refs
+    ;;
+  *gzip)
+    gzip -dc | head -c 16777216 | upload_pack
+    ;;
+  *)
+    upload_pack
+    ;;
+esac
+"""
+open_unnamed = tempfile.TemporaryFile  # a file that goes with the last who has it open
+
+
+class Answer(Run):
+    """A run of UPLOAD_PACK, whose output all who ask the same read from a file while it grows."""
+
+    def take_stdout(self, part):
+        self.file.write(part)
+
+
+class Answers(dict):
+    """{what was asked, of which state of a mirror: the Answer}, so that it is made once."""
+
+    lock = Lock()
+    takers = ThreadPoolExecutor(MAX_GIT_RUNS)
+
+    def find(self, mirror, body, *asked):
+        """The Answer to a body in a file, which may still grow; Refusal: there is no mirror."""
+        try:
+            refs = os.stat(f"{mirror}/packed-refs")
+        except OSError:
+            raise Refusal(404, "no mirror here; where GIT_FROM is set, an update makes one")
+        # A new file is there before the old one goes, so no two states have both in common.
+        key = (mirror, refs.st_ino, refs.st_mtime_ns, *asked)
+        with self.lock:
+            answer = self.get(key)
+            # One that has failed is not told again.
+            if not answer or answer.status:
+                command = ["sh", "-c", UPLOAD_PACK, mirror, *asked]
+                answer = Answer("a clone from here", command, environ, body)
+                answer.file = open_unnamed(buffering=0)
+                answer.end = self.takers.submit(answer.finish, GIT_RUN_TIMEOUT_S)
+                self[key] = answer
+            answer.asked = monotonic()
+        return answer
+
+    def forget_before(self, when):
+        """Forgets what nobody has asked for since then; who reads it still has it."""
+        for key, answer in list(self.items()):
+            if answer.asked < when:
+                del self[key]
+
+
 # -- guard: who may ask for what ---------------------------------------------
 
 def check_time(when, floor):
@@ -1694,6 +1778,7 @@ class Updater:
         self.hooks = find_pre_updates(settings)  # folders
         self.journal = Journal(f"{settings['REPOS_DIR']}/.server-update")
         self.commit = self.journal.commit
+        tempfile.tempdir = self.journal.folder
         check_secret(guard, self.journal.floor)  # before the journal has anything to write
         self.journal.sync()
         # Each change of these is one step, so that only run_next(), which makes two, needs a lock.
@@ -1823,7 +1908,7 @@ class Updater:
         # A forge may tell of a push before it can be fetched.
         variables = dict(environ, SERVER_UPDATE_EXPECT=record.expect or "")
         for key in ACTIVATE_SETTINGS:
-            variables[f"SERVER_UPDATE_{key}"] = str(self.setting(key, record.repo))
+            variables[f"SERVER_UPDATE_{key}"] = str(self.setting(key, record.repo) or "")
         try:
             run = Run(record.repo, command, variables)
         except OSError as error:
@@ -2130,6 +2215,11 @@ class Connection(http.server.SimpleHTTPRequestHandler):
         if has_body or self.request_version == "HTTP/1.0":
             self.close_connection = True
         methods = "POST" if self.route == "/hook" else "GET, HEAD"
+        match = GIT_RE.fullmatch(f"{self.command} {self.route}?{self.query}")
+        if match:
+            methods = self.command
+            self.route = "/git"
+            self.query = f"repo={match[2]}"
         is_right = self.command in methods.split(", ")
         if self.route != "/healthz" or not is_right:
             self.server.guard.check_address(self.client_address)
@@ -2161,28 +2251,49 @@ class Connection(http.server.SimpleHTTPRequestHandler):
 
     def read_body(self, macs):
         """The body, or nothing of a large one; all of it is part of what these MACs are of."""
-        left = self.body_length()
-        is_large = left > MAX_READ_BODY_BYTES
+        length = self.body_length()
+        is_large = length > MAX_READ_BODY_BYTES
         self.enter(RECEIVING_MUCH if is_large else WAITING, BODY_TIMEOUT_S)
         ranks = [one.stage.rank for one in list(self.server.handlers)]
         if ranks.count(RECEIVING_MUCH) > MAX_LARGE_BODIES and is_large:
             raise not_now("too many large bodies")
-        if "Expect" in self.headers and self.request_version != "HTTP/1.0":
-            self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            self.wfile.flush()
         body = b""
-        while left:
-            # All of a body that is read, or a part of one that is only proved.
-            body = self.rfile.read(min(left, MAX_READ_BODY_BYTES))
-            if not body:
-                raise ConnectionAbortedError("cut off in the middle of a body")
-            left -= len(body)
+        # All of a body that is read, or one part after the other of what is only proved.
+        for body in self.receive([length]):
             for mac in macs:
                 mac.update(body)
-        self.enter(ANSWERING, ANSWER_TIMEOUT_S)
         if is_large:
             return b""
         return body
+
+    def receive(self, sizes):
+        """Yields what comes of a body, in parts, one piece of these sizes after the other."""
+        if "Expect" in self.headers and self.request_version != "HTTP/1.0":
+            self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.wfile.flush()
+        for left in sizes:
+            while left:
+                part = self.rfile.read(min(left, MAX_READ_BODY_BYTES))
+                if not part:
+                    raise ConnectionAbortedError("cut off in the middle of a body")
+                left -= len(part)
+                yield part
+        self.enter(ANSWERING, ANSWER_TIMEOUT_S)
+
+    def body_sizes(self):
+        """Yields the size of the body, or of each chunk that it comes in."""
+        if "Transfer-Encoding" not in self.headers:
+            yield self.body_length()
+            return
+        size = 1
+        while size:
+            self.rfile.left = MAX_HEADER_BYTES
+            match = re.fullmatch(CHUNK_PATTERN, self.rfile.readline(0))
+            if not match:
+                raise Refusal(400, "bad chunk")
+            size = int(match[1], 16)
+            yield size
+            self.rfile.readline(0)
 
     def send(self, status, value, *headers, kind="text/plain"):
         """Sends a whole answer: a text of that kind, or anything else as JSON."""
@@ -2211,6 +2322,7 @@ ROUTES_TABLE = """
 /get     answer_signal
 /get/    answer_signal
 /hook    answer_hook
+/git     answer_git
 /status  answer_status
 /metrics answer_metrics
 """
@@ -2243,6 +2355,8 @@ class Handler(Connection):
     def check_signature(self):
         """Refusal unless the request is signed, where it has to be; or a hook's has a proof."""
         guard = self.server.guard
+        if self.route == "/git":
+            return  # see answer_git
         if self.route == "/hook":
             # Whether a forge's proof is right is known after its body: see answer_hook.
             if not guard.needs_signature():
@@ -2289,6 +2403,69 @@ class Handler(Connection):
             self.start(repo, ref, expect=find_pushed_commit(text, ref), by="a forge")
         except Ignored as ignored:
             self.send(200, {"repo": repo, "ignored": str(ignored)})
+
+    def answer_git(self, repo):
+        """Sends who may clone from here what git answers, as it comes."""
+        if not self.server.guard.is_from("GIT_FROM", self.client_address):
+            raise Refusal(403, "no clones from this address; see GIT_FROM")
+        kind = "advertisement"
+        digest = ""
+        with tempfile.SpooledTemporaryFile(MAX_READ_BODY_BYTES) as body:
+            if self.command == "POST":
+                kind = "result"
+                digest = self.keep_body(body)
+            answer = self.server.answers.find(
+                f"{tempfile.tempdir}/{repo}.git", body, kind, f"{self.headers['Git-Protocol']}",
+                f"{self.headers['Content-Encoding']}", digest)
+        self.send_response(200)
+        self.send_header("Content-Type", f"application/x-git-upload-pack-{kind}")
+        self.send_header("Cache-Control", "no-cache")
+        is_chunked = self.request_version != "HTTP/1.0"
+        if is_chunked:
+            self.send_header("Transfer-Encoding", "chunked")
+            # A body that was read to its end is not the last of a connection: see parse_request.
+            # After chunks there may be more than that, and a peer may want it to be.
+            self.close_connection = (
+                "Transfer-Encoding" in self.headers or "Connection" in self.headers)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.send_answer(answer, is_chunked)
+
+    def keep_body(self, file):
+        """Writes the body of a request of git's into a file, for git to read; its digest."""
+        digest = hashlib.sha256()
+        for part in self.receive(self.body_sizes()):
+            digest.update(part)
+            file.write(part)
+            if file.tell() > MAX_BODY_BYTES:
+                raise Refusal(413, "too large a body")
+        file.seek(0)
+        return digest.hexdigest()
+
+    def send_answer(self, answer, is_chunked):
+        """Sends an Answer as it grows; ConnectionError where it has failed, as it must not seem
+        whole."""
+        sent = 0
+        while True:
+            has_ended = answer.end.done()
+            part = b"?"
+            while part:
+                part = os.pread(answer.file.fileno(), 65536, sent)
+                sent += len(part)
+                self.enter(ANSWERING, SEND_TIMEOUT_S)
+                if is_chunked and part:
+                    self.wfile.write(b"%x\r\n%b\r\n" % (len(part), part))
+                else:
+                    self.wfile.write(part)
+            if has_ended:
+                break
+            self.wfile.flush()
+            self.check_peer()
+            wait_for([answer.end], MORE_EVERY_S)
+        if answer.status != 0:
+            raise ConnectionAbortedError("git upload-pack has failed")
+        if is_chunked:
+            self.wfile.write(b"0\r\n\r\n")
 
     def answer_status(self, repo=None, update=None, wait="0", history="0", **_):
         """One repository's record, once it has ended or `wait` seconds are over; or all."""
@@ -2365,6 +2542,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.guard = guard
         self.served_file = served_file
         self.handlers = set()
+        self.answers = Answers()
         self.idle = []  # queues in which threads wait for another connection
         self.read_certificate()
         port = updater.settings["PORT"]
@@ -2416,6 +2594,7 @@ class Server(http.server.ThreadingHTTPServer):
             if handler.stage.deadline < now:
                 handler.drop()
         log.tell_left_out()
+        self.answers.forget_before(now - KEEP_ANSWER_S)
         # Nobody else takes one out, as connections are accepted in this thread, too.
         while self.idle:
             self.idle.pop().put(None)
@@ -2439,7 +2618,10 @@ class Server(http.server.ThreadingHTTPServer):
         """Has a thread serve a new connection; RuntimeError, MemoryError where there is none."""
         # There is always room for a new one, or silent ones could shut everybody out. The limit
         # of files may be changed from outside at any time.
-        if len(self.handlers) >= min(MAX_CONNECTIONS, os.sysconf("SC_OPEN_MAX") - RESERVED_FILES):
+        most = MAX_CONNECTIONS
+        if self.guard.settings["GIT_FROM"]:
+            most = MAX_GIT_CONNECTIONS
+        if len(self.handlers) >= min(most, os.sysconf("SC_OPEN_MAX") - RESERVED_FILES):
             self.drop_one()
             sleep(CLOSING_S)
         try:

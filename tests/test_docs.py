@@ -51,6 +51,7 @@ BY_TEST = {
     ("recipes.md", HOOK_BY % "only"): "test_only_signed_commits_go_live",
     ("recipes.md", 'server-update --commit "$(git'): "test_from_ci",
     ("recipes.md", "install -d -o deploy"): "test_a_hook_of_a_user_has_a_service_restarted",
+    ("scale.md", "git config --global http."): "test_over_tls_as_the_page_has_it",
     ("security.md", "./install.sh master --new"): "test_the_readme_is_followed_to_the_letter",
     ("security.md", "target="): "test_the_page_signs_with_curl_and_a_shell",
     ("security.md", "origin="): "test_the_page_signs_with_a_key_of_its_own",

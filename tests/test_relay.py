@@ -22,7 +22,6 @@ from slave_support import (
     stand_in,
     start_by_hand,
 )
-from upstream import HttpUpstream, Upstream, run_git
 
 STORM = 200  # signals or pushes
 STORM_S = 10  # of pushes
@@ -525,7 +524,7 @@ def test_a_large_fleet_beneath_takes_no_memory(start_relay, tmp_path):
     assert rss_kib(relay.process.pid) - before < 3000
 
 
-# -- docs/recipes.md, docs/scale.md
+# -- docs/recipes.md
 
 
 @pytest.mark.slow
@@ -540,36 +539,6 @@ def test_one_before_the_rest(start_slave, start_relay, upstream):
     hook(leaves[0], "pre-update", "#!/bin/sh\nexit 1\n")
     assert relay.wait_update()["beneath"] == {"failed": 1, "not started": 3}
     assert {leaf.json("/status?repo=hanuman")["commit"] for leaf in leaves} == {first}
-
-
-def test_a_mirror_beside_a_relay_as_the_page_has_it(
-    start_slave, start_relay, http_upstream, tmp_path
-):
-    """The forge sees one clone; what is beneath gets from the mirror what the forge has."""
-    repo = http_upstream.create("hanuman", files={"a": "1"})
-    mirrors = HttpUpstream(Upstream(tmp_path / "git"))
-    leaves = [start_slave(BASE_URL=mirrors.url) for _ in range(3)]
-    relay = start_relay(leaves, BASE_URL=http_upstream.url)
-    begins = "#!/bin/sh -e\n# /etc/server-update/hooks/post-update\nmirror=/srv/git/"
-    (text,) = [one.text for one in BLOCKS if one.begins("scale.md", begins)]
-    hook(relay, "post-update", text.replace("/srv/git/", "%s/" % (tmp_path / "git")))
-    try:
-        for branch in ("main", "trunk"):
-            if branch != "main":
-                repo.git("branch", "-m", "main", branch)
-                repo.git("symbolic-ref", "HEAD", "refs/heads/" + branch)
-                repo.git("tag", "-a", "-m", "a tag", "v1", branch)
-            commit = repo.commit({"a": branch}, branch=branch)
-            del http_upstream.requests[:]
-            record = relay.wait_update()
-            assert (record["commit"], record["beneath"]) == (commit, {"live": 3}), record
-            assert sum("/info/refs" in one for one in http_upstream.requests) == 1
-            assert {git(leaf, "rev-parse", "HEAD") for leaf in leaves} == {commit}
-            for told in (("for-each-ref",), ("symbolic-ref", "HEAD")):
-                mirror = ("--git-dir", tmp_path / "git" / "hanuman.git")
-                assert run_git(*mirror, *told) == repo.git(*told)
-    finally:
-        mirrors.close()
 
 
 def test_what_must_happen_once_happens_before_all_else(start_slave, start_relay, upstream):

@@ -416,6 +416,7 @@ def test_defaults(tmp_path, monkeypatch):
         "SECRET_FILE": None,
         "ALLOW_FROM": None,
         "ALLOW_REPOS": None,
+        "GIT_FROM": None,
         "VIEW_FROM": None,
         "SLAVELIST": None,
         "RELAY_OPTIONS": None,
