@@ -3,6 +3,7 @@
 CLONE, OURS, LIMIT = "rm -rf && git clone", "slave-activate", "the limit"
 MASTER, CURL, SLAVE = "server-update", "curl -Z", "slave.py"
 SMALL = "one small commit"
+BENEATH = "200 slaves that fetch one small commit from a relay"
 
 # What is said; the kind and the situation of the group it is read from; the metric; whose value,
 # divided by whose (None: as it is); the bound.
@@ -46,6 +47,18 @@ CLAIMS = [
     ("from git push to 20 slaves beneath a relay: at most 1.3 times the same by hand",
      "push", SMALL, "seconds", "git push, a relay does the rest",
      "slave-activate, then server-update", "<=", 1.3),
+    (f"{BENEATH}: clones that the forge sees",
+     "beneath", SMALL, "clones", SLAVE, None, "<=", 1),
+    (f"{BENEATH}: at most 0.4 times the CPU of git http-backend behind http.server",
+     "beneath", SMALL, "cpu", SLAVE, "git http-backend", "<=", 0.4),
+    (f"{BENEATH}: slave.py itself takes less than 60 MB",
+     "beneath", SMALL, "memory", SLAVE, None, "<=", 60),
+    ("60 clones of 100 MB at once from a relay: failures",
+     "clones", "at once", "failed", SLAVE, None, "<=", 0),
+    ("60 clones of 100 MB at once from a relay: slave.py itself grows by at most 40 MB",
+     "clones", "at once", "grown", SLAVE, None, "<=", 40),
+    ("500 fetches from a relay during 100 updates of it: failures",
+     "fetches", "during updates", "failed", SLAVE, None, "<=", 0),
     ("16 clients: at least twice the signals per second that Flask takes",
      "daemon", "16", "rate", SLAVE, "Flask", ">=", 2),
     ("1,000 repositories, looked at once in 5 s: signals take at most 1.2 times as long",

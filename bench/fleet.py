@@ -27,10 +27,10 @@ KIND = "files-500"
 class Fleet:
     """The slaves, their folders and the commands that update all of them."""
 
-    def __init__(self, args, server, ssh, slaves=SLAVES):
-        self.work, self.ssh = os.path.join(args.work, "fleet"), ssh
+    def __init__(self, args, server, ssh, slaves=SLAVES, kind=KIND):
+        self.work, self.server, self.ssh = os.path.join(args.work, "fleet"), server, ssh
         self.slaves = 2 if args.quick else slaves
-        self.kind = "smoke" if args.quick else KIND
+        self.kind = "smoke" if args.quick else kind
         self.base, self.url = server.url, f"{server.url}/{self.kind}.git"
         self.bare = os.path.join(args.work, "upstream", self.kind + ".git")
         self.processes = []
@@ -58,8 +58,8 @@ class Fleet:
         named = {f"SERVER_UPDATE_{key}": value for key, value in dict(own, **settings).items()}
         return dict(self.environment(), **named)
 
-    def start_slave(self, name, **settings):
-        """Starts a slave.py; its port."""
+    def launch(self, name, **settings):
+        """Begins to start a slave.py; its process."""
         process = subprocess.Popen(
             (sys.executable, "-I", os.path.join(measure.PRODUCT, "slave.py")),
             env=self.settings_of(name, **settings),
@@ -67,14 +67,17 @@ class Fleet:
             stdin=subprocess.DEVNULL,
         )
         self.processes.append(process)
-        port = read_port(process)
-        threading.Thread(target=drain, args=(process.stderr,), daemon=True).start()
-        return port
+        return process
+
+    def start_slave(self, name, **settings):
+        """Starts a slave.py; its port."""
+        return wait_until_up(self.launch(name, **settings))
 
     def start(self, **settings):
         """Starts every slave.py and writes the slave list with the ports they chose."""
         os.makedirs(os.path.join(self.work, "home"))
-        ports = [self.start_slave(name, **settings) for name in self.names]
+        processes = [self.launch(name, **settings) for name in self.names]
+        ports = list(map(wait_until_up, processes))
         with open(self.list, "w", encoding="ascii") as handle:
             handle.writelines(f"127.0.0.1:{port}\n" for port in ports)
 
@@ -155,6 +158,13 @@ def read_port(process):
     raise measure.Failed(f"slave.py did not start: {said.decode(errors='replace')}")
 
 
+def wait_until_up(process):
+    """The port of a slave that has just been started; what it logs later is not kept."""
+    port = read_port(process)
+    threading.Thread(target=drain, args=(process.stderr,), daemon=True).start()
+    return port
+
+
 def drain(stream):
     """The log has to go somewhere: a slave whose pipe is full would wait."""
     while stream.read1(65536):
@@ -178,12 +188,12 @@ def take_turns(fleet, group, rounds):
 
 
 @contextlib.contextmanager
-def with_upstream(args, slaves):
+def with_upstream(args, slaves, kind=KIND):
     """So many slaves, which nobody has started yet, and their upstream; both end afterwards."""
     base = os.path.join(args.work, "upstream")
     os.makedirs(base, exist_ok=True)
     server = upstream.Server(base)
-    fleet = Fleet(args, server, None, slaves)
+    fleet = Fleet(args, server, None, slaves, kind)
     try:
         upstream.make(fleet.kind, fleet.bare)
         yield fleet

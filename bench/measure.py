@@ -96,6 +96,26 @@ def own_bytes(pids):
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
+def cpu_s(pid):
+    """Processor seconds of a process and of all that it has started and waited for."""
+    with open(f"/proc/{pid}/stat") as handle:
+        spent = handle.read().rpartition(")")[2].split()[11:15]
+    return sum(map(int, spent)) / os.sysconf("SC_CLK_TCK")
+
+
+def most_memory(pid):
+    """The most that a process itself has had resident since forget_memory(), in MB."""
+    with open(f"/proc/{pid}/status", encoding="ascii") as handle:
+        (line,) = [line for line in handle if line.startswith("VmHWM:")]
+    return int(line.split()[1]) * 1024 / 1e6
+
+
+def forget_memory(pid):
+    """Has the kernel begin anew with what most_memory() tells: see proc(5), clear_refs."""
+    with open(f"/proc/{pid}/clear_refs", "w") as handle:
+        handle.write("5")
+
+
 class Watcher(threading.Thread):
     """Looks at a tree by path over and over, at its file system's space, at a process's memory.
 

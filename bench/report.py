@@ -53,7 +53,8 @@ TOOLS = [
     ("python-with-flask", "-c", FLASK),
 ]
 HERE = os.path.dirname(os.path.abspath(__file__))
-ROW_ORDER = ["update", "given", "fanout", "daemon", "fleet", "at_once", "push", "prompt", "seen"]
+ROW_ORDER = ["update", "given", "fanout", "daemon", "fleet", "at_once", "push", "relay", "prompt",
+             "seen"]
 
 # metric: what its column is called, how a value is written
 METRICS = {
@@ -62,8 +63,11 @@ METRICS = {
     "first": ("first result", "s"),
     "cpu": ("CPU", "s"),
     "wire": ("over the wire", "MB"),
+    "clones": ("clones from the forge", ""),
+    "failed": ("failures", ""),
     "disk": ("extra disk", "MB"),
     "memory": ("memory", "MB"),
+    "grown": ("memory grew by", "MB"),
     "broken": ("missing or mixed", "ms"),
     "idle": ("idle", "MB"),
     "some": ("after 10,000 signals", "MB"),
@@ -72,7 +76,7 @@ METRICS = {
     "typical": ("median", "ms"),
     "p99": ("99 % within", "ms"),
 }
-NO_RATIO = ("broken", "first")
+NO_RATIO = ("broken", "first", "clones", "failed")
 
 
 def figure(value, unit):

@@ -4,7 +4,8 @@
     upstream.py make KIND DIR      a bare repository, KIND one of those in KINDS
     upstream.py serve DIR          all of DIR over HTTP on 127.0.0.1, by git http-backend
 
-The server prints its address as its only line; GET /bytes answers how many bytes it has sent.
+The server prints its address as its only line; GET /bytes answers how many bytes it has sent, and
+GET /clones how many clones and fetches have begun.
 Every commit rewrites the first and the last file of the tree (FIRST, LAST) with the same text, so
 that a reader can tell a tree that is half one commit and half another.
 """
@@ -177,6 +178,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     base = "."
     sent = 0
+    clones = 0
     lock = threading.Lock()
 
     def log_message(self, *args):
@@ -187,9 +189,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             Handler.sent += number
 
     def do_GET(self):
-        if self.path == "/bytes":
-            self.wfile.write(b"HTTP/1.0 200 OK\r\n\r\n%d" % Handler.sent)
+        counts = {"/bytes": Handler.sent, "/clones": Handler.clones}
+        if self.path in counts:
+            self.wfile.write(b"HTTP/1.0 200 OK\r\n\r\n%d" % counts[self.path])
             return
+        with Handler.lock:
+            Handler.clones += 1  # each begins with its only GET
         self.run_backend()
 
     def do_POST(self):
@@ -253,10 +258,17 @@ class Server:
         if not self.url:
             raise SystemExit("upstream.py: the server did not start")
 
+    def ask(self, path):
+        with urllib.request.urlopen(self.url + path) as answer:
+            return int(answer.read())
+
     def sent(self):
         """Bytes sent so far; asking is not counted."""
-        with urllib.request.urlopen(self.url + "/bytes") as answer:
-            return int(answer.read())
+        return self.ask("/bytes")
+
+    def clones(self):
+        """Clones and fetches that have begun so far."""
+        return self.ask("/clones")
 
     def stop(self):
         measure.stop(self.process)

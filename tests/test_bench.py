@@ -136,7 +136,8 @@ def test_every_row_works_at_its_smallest(tmp_path):
     text = out.read_text(encoding="utf-8")
     for title in ("first clone", "unchanged", "one small commit", "A signal to 10 slaves",
                   "Memory of a slave", "Signals from 16 clients", "on 2 real slaves",
-                  "From a push to a relay and 2 real slaves", "How soon"):
+                  "From a push to a relay and 2 real slaves", "2 real slaves beneath a relay",
+                  "3 clones at once of 0 MB", "15 fetches from a relay", "How soon"):
         assert title in text
     assert re.search(r"(?m)^bench: took \d+ min \d+ s in all$", done.stdout)
     assert [path.name for path in (tmp_path / "bench").glob("work.*")] == []
