@@ -1,7 +1,6 @@
 """slave-activate with GIT_FROM: the bare mirror that slaves beneath clone from."""
 
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -11,7 +10,7 @@ from functools import partial
 import pytest
 from activate_support import git, in_mounts
 from processes import wait_until
-from product import ROOT, SHELLS, daily
+from product import SHELLS, daily
 from upstream import run_git
 
 FORMAT = "--format=%(refname) %(objectname) %(*objectname)"
@@ -505,26 +504,3 @@ def test_a_hook_that_fails_too_has_the_last_word(mirror, upstream):
     assert result.status == 3
     assert "slave-activate: can't bring the mirror up to date: " in result.err
     assert result.last == "slave-activate: live, but post-update hook failed (5): broken"
-
-
-# -- by a hook, as docs/scale.md has it --------------------------------------------
-
-
-def test_the_hook_that_keeps_a_mirror_beside_a_relay(activate, upstream, tmp_path):
-    page = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
-    hook = re.search(r"```\n#!/bin/sh -e\n(.*?)```", page, re.DOTALL).group(1)
-    assert "/srv/git" in hook
-    activate.hook("post-update", "set -e\n" + hook.replace("/srv/git", str(tmp_path / "srv")))
-    repo = upstream.create("r", branch="trunk")
-    repo.commit({"b": "1"}, branch="topic/one")
-    repo.git("tag", "-a", "-m", "one", "v1.0", "trunk")
-    for _ in range(2):
-        activate.good("r")
-        mirror = tmp_path / "srv" / "r.git"
-        got = run_git("--git-dir", mirror, "for-each-ref", FORMAT)
-        assert got == repo.git("for-each-ref", FORMAT)
-        assert run_git("--git-dir", mirror, "rev-parse", "HEAD") == repo.head()
-        # A branch goes, another becomes the default one.
-        repo.git("branch", "-D", "topic/one", check=False)
-        repo.git("branch", "-m", "trunk", "main", check=False)
-        repo.commit({"a": "2"})
