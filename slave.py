@@ -32,13 +32,10 @@ import fnmatch
 import hashlib
 import hmac
 import html
-import http.server
 import io
-import ipaddress
 import json
 import re
 import select
-import selectors
 import shlex
 import shutil
 import socket
@@ -51,11 +48,15 @@ from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor, wait as wait_for
 from contextlib import contextmanager, suppress
 from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from ipaddress import ip_address, ip_network
 from os import environ
 from os.path import (
     abspath, dirname, expanduser, isdir, isfile, islink, join, lexists, normpath, realpath,
     relpath, samestat)
 from queue import SimpleQueue
+from selectors import EVENT_READ, PollSelector
+from socketserver import TCPServer
 from subprocess import DEVNULL, PIPE, Popen, SubprocessError
 from threading import Condition, Lock, stack_size
 from time import gmtime, monotonic, sleep, strftime, time
@@ -344,7 +345,7 @@ def parse_port(text):
 
 def parse_networks(text):
     """Addresses and networks; those of IPv4 may be written as IPv6."""
-    return [ipaddress.ip_network(word) for word in WORD_RE.findall(MAPPED_RE.sub("", text))]
+    return [ip_network(word) for word in WORD_RE.findall(MAPPED_RE.sub("", text))]
 
 
 def parse_relay_options(text):
@@ -373,7 +374,7 @@ PARSERS = {
     "path": parse_path,
     "port": parse_port,
     "time": int,
-    "ip": ipaddress.ip_address,
+    "ip": ip_address,
     "yesno": str,
     "nets": parse_networks,
     "globs": WORD_RE.findall,
@@ -958,9 +959,9 @@ class Run:
             command, env=environ, stdin=stdin, stdout=PIPE,
             stderr=PIPE, start_new_session=True)
         # What it leaves behind may hold the pipes open: nothing waits for their end.
-        self.pipes = selectors.PollSelector()
-        self.pipes.register(self.process.stdout, selectors.EVENT_READ, self.take_stdout)
-        self.pipes.register(self.process.stderr, selectors.EVENT_READ, self.take_stderr)
+        self.pipes = PollSelector()
+        self.pipes.register(self.process.stdout, EVENT_READ, self.take_stdout)
+        self.pipes.register(self.process.stderr, EVENT_READ, self.take_stderr)
 
     def finish(self, timeout_s):
         """Blocks until it has ended, with all that it started, or been given up.
@@ -1649,7 +1650,7 @@ class Guard:
 
     def is_from(self, key, text):
         """Whether an address is in one of the networks of a setting."""
-        address = ipaddress.ip_address(text.partition("%")[0])
+        address = ip_address(text.partition("%")[0])
         return any(address in network for network in self.settings[key] or ())
 
     def check_address(self, text):
@@ -2128,7 +2129,7 @@ def parse_query(query):
     return values
 
 
-class Connection(http.server.SimpleHTTPRequestHandler):
+class Connection(SimpleHTTPRequestHandler):
     """One connection in a thread of its own: its deadlines, its end, one answer a request."""
 
     protocol_version = "HTTP/1.1"
@@ -2528,7 +2529,7 @@ class Handler(Connection):
 
 # -- server: all connections -----------------------------------------------------
 
-class Server(http.server.ThreadingHTTPServer):
+class Server(ThreadingHTTPServer):
     """Accepts connections, and drops those that are late or too many."""
 
     allow_reuse_port = False  # a second slave on the same port is a mistake
@@ -2563,7 +2564,7 @@ class Server(http.server.ThreadingHTTPServer):
         """Binds for IPv4, too, whatever the host's bindv6only; HTTPServer's looks up a name."""
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        http.server.socketserver.TCPServer.server_bind(self)
+        TCPServer.server_bind(self)
 
     def read_certificate(self, *_):
         """Makes ready for TLS, where a certificate is set; the old one stays if it is no good."""
