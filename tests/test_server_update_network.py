@@ -72,10 +72,10 @@ def test_slaves_mute_after_the_signal_keep_nobody_from_being_signalled(farm, upd
 
     mutes = [farm.add(later_mute) for _ in range(16)]
     live = [farm.add(updates()) for _ in range(8)]
-    done = update(mutes + live, "--json", "--parallel=2", "--timeout=16")
+    done = update(mutes + live, "--json", "--parallel=2", "--timeout=60")
     assert done.summary["outcomes"] == {"live": 8, "timeout": 16}
     begun = {entry: farm.begun[entry.partition(":")[0]] for entry in mutes + live}
-    assert max(begun.values()) - min(begun.values()) < 16  # before any poll was given up
+    assert max(begun.values()) - min(begun.values()) < 60  # before any poll was given up
 
 
 @pytest.mark.slow
