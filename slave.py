@@ -144,7 +144,7 @@ GIT_RE = re.compile("(POST)?(?:GET|HEAD)? /git/([^/]+)[.]git/"
 CHUNK_PATTERN = rb"([0-9A-Fa-f]{1,7})[ \t]*(;.*)?\r?\n"  # RFC 9112
 
 # Signatures
-SIGNATURE_RE = re.compile(r"t=([0-9]{1,12}),n=([0-9a-f]{32}),s=([0-9a-f]{64})")
+SIGNATURE_PATTERN = r"t=([0-9]{1,12}),n=([0-9a-f]{32}),s=([0-9a-f]{64})"
 MAX_CLOCK_DIFFERENCE_S = 300
 MAX_NONCES = 65536  # of a key
 FLOOR_STEP_S = 5  # by which the newest signal's time is rounded up, to be written less often
@@ -757,7 +757,7 @@ class Journal:
         """Whether the state folder still is the one that was taken."""
         try:
             return samestat(os.stat(self.folder), os.fstat(self.fds[2]))
-        except (FileNotFoundError, IndexError):  # IndexError: it couldn't be taken again
+        except (OSError, IndexError):  # IndexError: it couldn't be taken again
             return False
 
     def path(self, repo):
@@ -1506,8 +1506,8 @@ class Answers(dict):
                 answer = Answer("a clone from here", command, environ, body)
                 answer.file = open_unnamed(buffering=0)
                 answer.end = self.takers.submit(answer.finish, GIT_RUN_TIMEOUT_S)
-                self[key] = answer
             answer.asked = monotonic()
+            self[key] = answer
         return answer
 
     def forget_before(self, when):
@@ -1561,8 +1561,10 @@ class Floor:
 
     def save(self):
         """Writes the file where it is behind or gone; its folder is to be synced."""
-        if self.newest != self.read():
-            write_synced(self.path, b"%d\n" % self.newest)
+        with suppress(OSError):
+            if self.newest == self.read():
+                return
+        write_synced(self.path, b"%d\n" % self.newest)
 
 
 class Nonces:
@@ -1632,7 +1634,7 @@ class Guard:
         if not self.needs_signature():
             return None
         # Two signatures are as good as none: which of them would be meant?
-        match = SIGNATURE_RE.fullmatch(",".join(values))
+        match = re.fullmatch(SIGNATURE_PATTERN, ",".join(values))
         right = []
         if match:
             when, nonce, mac = match.groups()
@@ -2030,7 +2032,7 @@ def find_clone(path, repos, known="/"):
         if dirname(here) == repos != here:  # / is in itself
             return here
         if islink(here):
-            target = join(dirname(here), os.readlink(here), path)
+            target = join(dirname(here), f"{os.readlink(here)}/{path}")
             return find_clone(target, repos, clone)
         if known == "/" and lexists(f"{here}/.git"):
             clone = here
@@ -2219,7 +2221,7 @@ class Connection(SimpleHTTPRequestHandler):
         match = GIT_RE.fullmatch(f"{self.command} {self.route}?{self.query}")
         if match:
             methods = self.command
-            self.route = "/git"
+            self.route = "/git?"  # no other path has this
             self.query = f"repo={match[2]}"
         is_right = self.command in methods.split(", ")
         if self.route != "/healthz" or not is_right:
@@ -2323,7 +2325,7 @@ ROUTES_TABLE = """
 /get     answer_signal
 /get/    answer_signal
 /hook    answer_hook
-/git     answer_git
+/git?    answer_git
 /status  answer_status
 /metrics answer_metrics
 """
@@ -2356,7 +2358,7 @@ class Handler(Connection):
     def check_signature(self):
         """Refusal unless the request is signed, where it has to be; or a hook's has a proof."""
         guard = self.server.guard
-        if self.route == "/git":
+        if self.route == "/git?":
             return  # see answer_git
         if self.route == "/hook":
             # Whether a forge's proof is right is known after its body: see answer_hook.
@@ -2426,8 +2428,9 @@ class Handler(Connection):
             self.send_header("Transfer-Encoding", "chunked")
             # A body that was read to its end is not the last of a connection: see parse_request.
             # After chunks there may be more than that, and a peer may want it to be.
-            self.close_connection = (
-                "Transfer-Encoding" in self.headers or "Connection" in self.headers)
+            if digest:
+                self.close_connection = (
+                    "Transfer-Encoding" in self.headers or "Connection" in self.headers)
         self.end_headers()
         if self.command != "HEAD":
             self.send_answer(answer, is_chunked)

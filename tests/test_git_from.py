@@ -387,6 +387,29 @@ def test_other_paths_and_methods(still, path, method, status):
     error(still, path, status, method=method)
 
 
+@pytest.mark.parametrize("path", ["/git", "/git?repo=hanuman", "/git?repo=hanuman&wait=1"])
+def test_a_path_that_is_none_of_gits(still, path):
+    error(still, path, 404)
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_a_body_that_nobody_reads_is_no_request(still, method):
+    smuggled = "GET /?repo=smuggled HTTP/1.1\r\nHost: x\r\n\r\n"
+    head = "%s %s HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
+    answer = send(still, (head % (method, LIST, len(smuggled)) + smuggled).encode())
+    assert answer.startswith(b"HTTP/1.1 200 ") and answer.count(b"HTTP/1.1") == 1
+    assert "smuggled" not in still.json("/status")["repos"]
+
+
+def test_two_posts_on_one_connection(still):
+    connection = http.client.HTTPConnection("127.0.0.1", still.port, timeout=40)
+    for _ in range(2):
+        connection.request("POST", POST, LIST_REFS, dict(REQUEST, **V2))
+        assert still.repo.head().encode() in connection.getresponse().read()
+        assert connection.sock, "the slave has closed it"
+    connection.close()
+
+
 def test_before_the_first_update_that_is_said(still):
     text = error(still, LIST.replace("hanuman", "never"), 404)
     assert b"an update makes one" in text

@@ -514,6 +514,21 @@ def test_a_clone_in_repos_dir_is_the_one_whatever_is_around_it(start_slave):
     assert slave.get("/")[2] == b"fine"
 
 
+def test_two_slashes_on_the_way_into_a_clone_change_nothing(start_slave, tmp_path):
+    """With `current//page` the rest of the way begins with a slash, once `current` is a link."""
+    (tmp_path / "page").symlink_to(str(tmp_path / "current") + "//page")
+    slave = start_slave(args=[tmp_path / "page"])
+    (slave.home / "key").write_text(SECRET)
+    site = slave.repos / "site"
+    site.mkdir()
+    (tmp_path / "current").symlink_to(site)
+    (site / "page").symlink_to(slave.home / "key")
+    assert slave.get("/")[0] == 404
+    (site / "page").unlink()
+    (site / "page").write_text("fine")
+    assert slave.get("/")[2] == b"fine"
+
+
 def test_a_link_outside_of_all_clones_is_the_administrators(start_slave, tmp_path):
     (tmp_path / "real").write_text("fine")
     (tmp_path / "link").symlink_to("real")

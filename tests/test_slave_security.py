@@ -130,6 +130,15 @@ def test_everything_else_is_401_in_the_same_shape(signed_slave):
     assert SECRET not in log and "s=" not in log and right[-64:] not in log
 
 
+def test_the_time_of_the_newest_signal_is_kept_anew_where_its_file_is_none(signed_slave):
+    """It was restored by somebody else, say: what can't be read now is written."""
+    signed = signed_slave.state / "signed"
+    signed.unlink()
+    os.mkfifo(str(signed))
+    assert ask(signed_slave)[0] == 202
+    assert int(signed.read_text()) > time.time() - 60
+
+
 def test_a_replay_is_401(signed_slave):
     headers = signature("/?repo=hanuman")
     assert signed_slave.get("/?repo=hanuman", headers=headers)[0] == 202
