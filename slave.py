@@ -124,7 +124,7 @@ RETRY_LATER = ("Retry-After", 2)
 
 # A header's line, or its end: RFC 9110
 HEADER_LINE_RE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*)?\r?\n")
-ORIGIN_RE = re.compile("^https?://[^/?]*/?", re.I)  # of a target as proxies send it
+ORIGIN_PATTERN = "(?i)^https?://[^/?]*/?"  # of a target as proxies send it
 
 # Bodies
 BODY_TIMEOUT_S = 30  # in all
@@ -136,11 +136,12 @@ MAX_LARGE_BODIES = 4  # at once
 MAX_GIT_CONNECTIONS = 1024  # in all, where somebody may clone
 MAX_GIT_RUNS = 8  # whose output is taken at the same time
 GIT_RUN_TIMEOUT_S = 3600
+MAX_ANSWERS = 40  # that are kept, a file each
 KEEP_ANSWER_S = 60  # for those who ask the same a little later
 MORE_EVERY_S = 0.1  # how often more of an answer is looked for that is being made
 # What git asks for: the one by POST, the other by GET or HEAD.
-GIT_RE = re.compile("(POST)?(?:GET|HEAD)? /git/([^/]+)[.]git/"
-                    "(?(1)git-upload-pack[?]|info/refs[?]service=git-upload-pack)")
+GIT_PATTERN = ("(POST)?(?:GET|HEAD)? /git/([^/&]+)[.]git/"
+               "(?(1)git-upload-pack[?]|info/refs[?]service=git-upload-pack)")
 CHUNK_PATTERN = rb"([0-9A-Fa-f]{1,7})[ \t]*(;.*)?\r?\n"  # RFC 9112
 
 # Signatures
@@ -249,7 +250,7 @@ class Refusal(Exception):
     more = {}  # further fields of the answer
 
 
-class Stopped(Exception):
+class Stopped(Refusal):
     """What was under way has been ended, as this slave is to stop."""
 
 
@@ -904,12 +905,16 @@ def read_head(tree):
     return text
 
 
+# Without what may lead git to another repository.
+ASK_GIT = """
+exec env -i PATH="$PATH" HOME="$HOME" git --git-dir="$0" rev-parse --verify "HEAD^{commit}"
+"""
+
+
 def ask_git(tree):
     """The commit of HEAD as git tells it, however refs are kept; nothing where there is none."""
-    command = ["git", f"--git-dir={tree}/.git", "rev-parse", "--verify", "HEAD^{commit}"]
-    # Without what may lead git to another repository.
-    clean = {key: value for key, value in environ.items() if not key.startswith("GIT_")}
-    done = subprocess.run(command, env=clean, timeout=GIT_TIMEOUT_S, capture_output=True)
+    command = ["sh", "-c", ASK_GIT, f"{tree}/.git"]
+    done = subprocess.run(command, timeout=GIT_TIMEOUT_S, capture_output=True)
     return done.stdout.decode().strip()
 
 
@@ -951,7 +956,7 @@ class Run:
 
         Its stderr is logged, each line after `name`."""
         if Run.is_stopping:
-            raise Stopped
+            raise Stopped(503, "this slave is stopping", RETRY_LATER)
         self.name = name
         self.said = {}  # {kind of line: the last one}, see OUTPUT_KINDS
         # A session of its own is a group of its own, too: signals reach all that it starts.
@@ -1102,7 +1107,7 @@ def failed(message):
 PROOFS = ("X-Hub-Signature-256", "X-Hub-Signature", "X-Gitlab-Token")
 # Of GitHub, Gitea and Forgejo; of GitLab; of Bitbucket. Azure DevOps says it in the body.
 EVENTS = ("X-GitHub-Event", "X-Gitlab-Event", "X-Event-Key")
-PUSH_RE = re.compile("push|(Tag )?Push Hook|System Hook|repo:push|git.push")
+PUSH_PATTERN = "push|(Tag )?Push Hook|System Hook|repo:push|git.push"
 REF_FOLDERS = {"branch": "refs/heads/", "tag": "refs/tags/"}
 
 
@@ -1169,7 +1174,7 @@ def is_meant(name, wanted):
 
 
 def check_event(event):
-    if not PUSH_RE.fullmatch(event):
+    if not re.fullmatch(PUSH_PATTERN, event):
         raise Ignored("no push")
 
 
@@ -1466,8 +1471,9 @@ case $kind,$encoding in
     printf '001e# service=git-upload-pack\n0000'
     upload_pack --advertise-refs
     ;;
-  *gzip)
-    gzip -dc | head -c 16777216 | upload_pack
+  *[Gg][Zz][Ii][Pp]*)
+    # What can't be unpacked ends all of it, as no whole answer.
+    { gzip -dc || kill -s TERM 0; } | head -c 16777216 | upload_pack
     ;;
   *)
     upload_pack
@@ -1482,6 +1488,7 @@ class Answer(Run):
 
     def take_stdout(self, part):
         self.file.write(part)
+        self.file.flush()
 
 
 class Answers(dict):
@@ -1501,19 +1508,21 @@ class Answers(dict):
         with self.lock:
             answer = self.get(key)
             # One that has failed is not told again.
-            if not answer or answer.status:
+            if not answer or answer.end.done() and answer.status != 0:
                 command = ["sh", "-c", UPLOAD_PACK, mirror, *asked]
-                answer = Answer("a clone from here", command, environ, body)
-                answer.file = open_unnamed(buffering=0)
+                with can("ask git"):
+                    answer = Answer(mirror, command, environ, body)
+                    answer.file = open_unnamed()
                 answer.end = self.takers.submit(answer.finish, GIT_RUN_TIMEOUT_S)
             answer.asked = monotonic()
             self[key] = answer
         return answer
 
     def forget_before(self, when):
-        """Forgets what nobody has asked for since then; who reads it still has it."""
+        """Forgets what nobody has asked for since then, and the first of too many; who reads it
+        still has it."""
         for key, answer in list(self.items()):
-            if answer.asked < when:
+            if answer.asked < when or len(self) > MAX_ANSWERS:
                 del self[key]
 
 
@@ -2211,14 +2220,14 @@ class Connection(SimpleHTTPRequestHandler):
         self.enter(ANSWERING, ANSWER_TIMEOUT_S)
         # As it was sent, which is what is signed.
         self.target = self.requestline.split()[1]
-        self.route, _, self.query = ORIGIN_RE.sub("/", self.target).partition("?")
+        self.route, _, self.query = re.sub(ORIGIN_PATTERN, "/", self.target).partition("?")
         # A body is the last of a connection: what nobody reads is never taken for a request. Nor
         # is that of a POST without a length, which is refused: see body_length.
         has_body = "Content-Length" in self.headers or "Transfer-Encoding" in self.headers
         if has_body or self.request_version == "HTTP/1.0":
             self.close_connection = True
         methods = "POST" if self.route == "/hook" else "GET, HEAD"
-        match = GIT_RE.fullmatch(f"{self.command} {self.route}?{self.query}")
+        match = re.fullmatch(GIT_PATTERN, f"{self.command} {self.route}?{self.query}")
         if match:
             methods = self.command
             self.route = "/git?"  # no other path has this
@@ -2437,6 +2446,7 @@ class Handler(Connection):
 
     def keep_body(self, file):
         """Writes the body of a request of git's into a file, for git to read; its digest."""
+        self.enter(WAITING, ANSWER_TIMEOUT_S)
         digest = hashlib.sha256()
         for part in self.receive(self.body_sizes()):
             digest.update(part)
@@ -2736,12 +2746,6 @@ def serve_until_stopped(server):
             sleep(SHORTAGE_PAUSE_S)
 
 
-def open_standard_files():
-    """Opens those that are closed, lest a connection become what the log is written to."""
-    while os.open(os.devnull, os.O_RDWR) <= 2:
-        pass  # the first that is free; one more stays open
-
-
 def be_process_1(child):
     """As process 1 of a container: passes signals on to the child, and reaps what it inherits.
 
@@ -2771,7 +2775,9 @@ def make_parser():
 
 def main(argv=None):
     """Serves or prints a key, or says why it can't; returns the exit status."""
-    open_standard_files()
+    # Standard files that are closed, lest a connection become what the log is written to.
+    while os.open(os.devnull, os.O_RDWR) <= 2:
+        pass  # the first that is free; one more stays open
     options = vars(make_parser().parse_args(argv))
     if os.getpid() == 1:
         child = os.fork()

@@ -13,6 +13,7 @@ import socket
 import ssl
 import subprocess
 import threading
+import time
 import urllib.request
 import zlib
 
@@ -410,6 +411,11 @@ def test_two_posts_on_one_connection(still):
     connection.close()
 
 
+@pytest.mark.parametrize("more", ["&wait=1", "&commit=" + 40 * "1"])
+def test_a_name_brings_no_other_parameter(still, more):
+    error(still, LIST.replace("hanuman", "hanuman" + more), 404)
+
+
 def test_before_the_first_update_that_is_said(still):
     text = error(still, LIST.replace("hanuman", "never"), 404)
     assert b"an update makes one" in text
@@ -498,6 +504,19 @@ def test_nonsense_ends_in_a_broken_answer(still, headers):
     with pytest.raises(BROKEN):
         post(still, b"what is this?", headers)
     assert still.get("/healthz")[0] == 200
+
+
+@pytest.mark.parametrize("missing", [12, 4])
+def test_what_comes_by_gzip_is_looked_at_to_its_end(still, missing):
+    body = gzip.compress(body_for_all(still.repo.head()))[:-missing]
+    with pytest.raises(BROKEN):
+        post(still, body, dict(V2, **{"Content-Encoding": "gzip"}))
+
+
+@pytest.mark.parametrize("coding", ["gzip", "x-gzip", "GZIP"])
+def test_gzip_by_all_of_its_names(still, coding):
+    body = gzip.compress(body_for_all(still.repo.head()))
+    assert b"PACK" in post(still, body, dict(V2, **{"Content-Encoding": coding}))[2]
 
 
 def test_a_body_in_chunks_is_bounded_too(still):
@@ -728,6 +747,64 @@ def test_who_goes_away_takes_the_answer_from_nobody(relay, repo):
     reset(one)
     go.touch()
     assert repo.head().encode() in read_all(other)
+
+
+def test_half_sent_bodies_keep_nobody_from_being_served(start_slave, repo):
+    """They wait for their peer, and give way as others that do."""
+    slave = start_slave(GIT_FROM="127.0.0.1", constants={"MAX_GIT_CONNECTIONS": 10})
+    slave.wait_update()
+    with contextlib.ExitStack() as stack:
+
+        def connect():
+            return stack.enter_context(socket.create_connection(("127.0.0.1", slave.port), 40))
+
+        def send_half():
+            connect().sendall(head_of_post("Content-Length: 4"))
+            time.sleep(0.1)  # until its thread is at the body
+
+        for _ in range(12):
+            send_half()
+        for _ in range(3):
+            waiting = connect()
+            time.sleep(0.1)
+            send_half()
+            send_half()
+            waiting.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+            assert read_all(waiting).endswith(b"ok\n")
+
+
+def test_many_different_requests_leave_files_for_an_update(start_slave, repo):
+    slave = start_slave(GIT_FROM="127.0.0.1")
+    slave.stop()
+    slave.command = ["sh", "-c", 'ulimit -n 80; exec "$@"', "sh", *slave.command]
+    slave.start()
+    slave.wait_update()
+    for number in range(120):
+        with contextlib.suppress(*BROKEN):
+            post(slave, b"%04x" % number, V2)
+    assert slave.wait_update()["state"] == "live"
+
+
+def test_a_full_disk_breaks_answers_and_is_forgotten_with_it(start_slave, repo, small_disk):
+    """Never a part that looks whole, nor a failure that is told again once there is room."""
+    for number in range(300):
+        repo.git("branch", "a-branch-of-many-%d" % number, "main")
+    disk = small_disk(4 * MIB)
+    slave = start_slave(GIT_FROM="127.0.0.1", REPOS_DIR=disk / "repos")
+    slave.wait_update()
+    filler = disk / "filler"
+    for room in (16, 4, 0):
+        with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while file.write(b"x" * 4096):
+                pass
+        os.truncate(str(filler), filler.stat().st_size - room * 1024)
+        with pytest.raises((*BROKEN, AssertionError)):
+            assert slave.get(LIST)[0] == 200
+        filler.unlink()
+        status, _, body = slave.get(LIST)
+        assert status == 200 and body.endswith(b"0000") and body.count(b"a-branch-of-many") == 300
+        slave.stop()
+        slave.start()
 
 
 def test_a_stop_ends_git(relay):

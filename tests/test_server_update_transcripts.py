@@ -82,7 +82,7 @@ class Shown:
         # one request at a time, so that outcomes come in the order of the list
         arguments = [*options, "--parallel", "1", "--retries", "0"]
         run = Run(folder, entries, *arguments, columns=OUTPUTS[output], env=env)
-        self.raw = run.wait(120)
+        self.raw = run.wait(300)
         self.code, self.errors = run.code, run.errors
         text = re.sub("[^\n]*\r\x1b\\[K", "", self.raw.replace("\r\n", "\n"))
         assert "\r" not in text
