@@ -789,6 +789,10 @@ def test_a_full_disk_breaks_answers_and_is_forgotten_with_it(start_slave, repo, 
     """Never a part that looks whole, nor a failure that is told again once there is room."""
     for number in range(300):
         repo.git("branch", "a-branch-of-many-%d" % number, "main")
+
+    def is_whole(body):
+        return body.endswith(b"0000") and body.count(b"a-branch-of-many") == 300
+
     disk = small_disk(4 * MIB)
     slave = start_slave(GIT_FROM="127.0.0.1", REPOS_DIR=disk / "repos")
     slave.wait_update()
@@ -798,11 +802,13 @@ def test_a_full_disk_breaks_answers_and_is_forgotten_with_it(start_slave, repo, 
             while file.write(b"x" * 4096):
                 pass
         os.truncate(str(filler), filler.stat().st_size - room * 1024)
-        with pytest.raises((*BROKEN, AssertionError)):
-            assert slave.get(LIST)[0] == 200
+        # Something else may have made room meanwhile.
+        with contextlib.suppress(*BROKEN):
+            status, _, body = slave.get(LIST)
+            assert status != 200 or is_whole(body)
         filler.unlink()
         status, _, body = slave.get(LIST)
-        assert status == 200 and body.endswith(b"0000") and body.count(b"a-branch-of-many") == 300
+        assert status == 200 and is_whole(body)
         slave.stop()
         slave.start()
 
