@@ -123,7 +123,7 @@ LOG_PATIENCE_S = 1  # for the log's reader to take a line
 RETRY_LATER = ("Retry-After", 2)
 
 # A header's line, or its end: RFC 9110
-HEADER_LINE_RE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*)?\r?\n")
+HEADER_LINE_PATTERN = rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*)?\r?\n"
 ORIGIN_PATTERN = "(?i)^https?://[^/?]*/?"  # of a target as proxies send it
 
 # Bodies
@@ -986,6 +986,8 @@ class Run:
             self.listen_until(lambda: not self.pipes.get_map(), LEFTOVER_S)
         finally:
             self.close()
+        # None, as if it had not been ended, where what it said could not be kept.
+        self.status = self.process.returncode
         # It may have been told to stop together with this slave, and have obeyed at once.
         if Run.is_stopping and self.status != 0:
             raise Stopped
@@ -1035,7 +1037,7 @@ class Run:
         self.signal(SIGKILL)
         self.process.stdout.close()
         self.process.stderr.close()
-        self.status = self.process.poll()
+        self.process.poll()
         # A hook may have become another user, and this may be a service without CAP_KILL.
         if not self.signal(0):
             log(f"{self.name}: what runs in process group {self.process.pid} as another user "
@@ -2108,7 +2110,7 @@ class HeaderReader(io.BufferedReader):
         if not line.endswith(b"\n") and (line or not is_first):
             raise ConnectionAbortedError("cut off in the middle of a header")
         # http.client would drop it with all that follow, and so take a body for a request.
-        if not is_first and not HEADER_LINE_RE.fullmatch(line):
+        if not is_first and not re.fullmatch(HEADER_LINE_PATTERN, line):
             raise Refusal(400, "malformed header")
         return line
 
