@@ -152,7 +152,7 @@ FLOOR_STEP_S = 5  # by which the newest signal's time is rounded up, to be writt
 
 # shared with server-update: keep identical
 NAME_RE = re.compile(r"(?!.*(\.\.|\.git$|\.lock$))[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
-REF_BAD_RE = re.compile(r"^$|[ ~^:?*\[\\]|\.\.|@\{|//|(^|/)\.|^[-/]|[/.]$|\.lock(/|$)|^@$")
+REF_BAD_PATTERN = r"^$|[ ~^:?*\[\\]|\.\.|@\{|//|(^|/)\.|^[-/]|[/.]$|\.lock(/|$)|^@$"
 HASH_RE = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 MAX_REF_BYTES = 255  # in UTF-8
 MAX_NOTE_CHARS = 200
@@ -170,7 +170,7 @@ def is_ref(text):
     """Whether `text` can be a branch, tag or commit: see git-check-ref-format(1), one level."""
     # Half a surrogate pair is not printable, so what comes as far as that can be encoded.
     return (text.isprintable() and len(text.encode()) <= MAX_REF_BYTES
-            and not REF_BAD_RE.search(text))
+            and not re.search(REF_BAD_PATTERN, text))
 
 
 def is_note(text):
@@ -1573,7 +1573,7 @@ class Floor:
     def save(self):
         """Writes the file where it is behind or gone; its folder is to be synced."""
         with suppress(OSError):
-            if self.newest == self.read():
+            if not self.newest or self.newest == self.read():
                 return
         write_synced(self.path, b"%d\n" % self.newest)
 
