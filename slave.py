@@ -151,7 +151,7 @@ MAX_NONCES = 65536  # of a key
 FLOOR_STEP_S = 5  # by which the newest signal's time is rounded up, to be written less often
 
 # shared with server-update: keep identical
-NAME_RE = re.compile(r"(?!.*(\.\.|\.git$|\.lock$))[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
+NAME_PATTERN = r"(?!.*(\.\.|\.git$|\.lock$))[A-Za-z0-9_][A-Za-z0-9._-]{0,99}"
 REF_BAD_PATTERN = r"^$|[ ~^:?*\[\\]|\.\.|@\{|//|(^|/)\.|^[-/]|[/.]$|\.lock(/|$)|^@$"
 HASH_RE = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 MAX_REF_BYTES = 255  # in UTF-8
@@ -163,7 +163,7 @@ USUAL_PREFIXES = ("/", "/usr", "/usr/local")
 
 def is_repo_name(text):
     """Whether `text` can name a repository: nothing that leads out of the repositories' folder."""
-    return NAME_RE.fullmatch(text) is not None
+    return re.fullmatch(NAME_PATTERN, text) is not None
 
 
 def is_ref(text):
