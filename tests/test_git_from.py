@@ -776,10 +776,10 @@ def test_half_sent_bodies_keep_nobody_from_being_served(start_slave, repo):
 def test_many_different_requests_leave_files_for_an_update(start_slave, repo):
     slave = start_slave(GIT_FROM="127.0.0.1")
     slave.stop()
-    slave.command = ["sh", "-c", 'ulimit -n 80; exec "$@"', "sh", *slave.command]
+    slave.command = ["sh", "-c", 'ulimit -n 300; exec "$@"', "sh", *slave.command]
     slave.start()
     slave.wait_update()
-    for number in range(120):
+    for number in range(500):
         with contextlib.suppress(*BROKEN):
             post(slave, b"%04x" % number, V2)
     assert slave.wait_update()["state"] == "live"
