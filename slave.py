@@ -1062,12 +1062,15 @@ def say_status(program, status):
     return f"{program} ended with exit status {status}"
 
 
+# What slave-activate prints, after the name of the repository as it should be.
+OUTCOME_PATTERN = (rf"(\S+) \1 (?:(?P<commit>{HASH_RE.pattern})|-) "
+                   rf"(?:(?P<previous>{HASH_RE.pattern})|-)\n?")
+
+
 def judge(repo, status, stdout, words, late_after_s):
     """How a run of slave-activate ended, as changes to its record; `words` are its last ones."""
     # The one line of stdout says which commit is live; without it nothing is.
-    live = re.fullmatch(
-        rf"{re.escape(repo)} (?:(?P<commit>{HASH_RE.pattern})|-) "
-        rf"(?:(?P<previous>{HASH_RE.pattern})|-)\n?", stdout.decode("ascii", "replace"))
+    live = re.fullmatch(OUTCOME_PATTERN, f"{repo} {stdout.decode('ascii', 'replace')}")
     message = words or say_status("slave-activate", status)
     if late_after_s:
         had_said = words and ", and had said: " + words
