@@ -282,10 +282,11 @@ class Log:
         What is too long for that is cut: a pipe that is ready takes PIPE_BUF bytes."""
         now = strftime("%Y-%m-%dT%H:%M:%SZ ", gmtime())
         with suppress(OSError):  # nobody reads the log: no reason to stop updating
-            here = os.fstat(2)
-            # Where that is journald's each line has a time without ours: systemd.exec(5).
-            if environ.get("JOURNAL_STREAM") == f"{here.st_dev}:{here.st_ino}":
-                now = ""
+            if "JOURNAL_STREAM" in environ:
+                here = os.fstat(2)
+                # Where that is journald's each line has a time without ours: systemd.exec(5).
+                if environ["JOURNAL_STREAM"] == f"{here.st_dev}:{here.st_ino}":
+                    now = ""
             line = f"{now}{escape(USER_RE.sub('', text))}".encode()
             if not select.select([], [2], [], self.patience_s)[1]:
                 self.patience_s = 0  # once it is stuck, nobody waits for it again
