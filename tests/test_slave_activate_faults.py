@@ -1,5 +1,6 @@
 """Kills, full disks, broken upstreams: the old tree stays, and the next run mends the rest."""
 
+import fcntl
 import os
 import random
 import re
@@ -45,6 +46,16 @@ def kill_group(process, _):
         pass
 
 
+def is_free(lock):
+    """Whether nobody has a lock; what makes the exchange outlives the shell that told it to."""
+    with open(str(lock)) as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [kill_shell, kill_a_child, kill_group])
 def test_kill_9_at_any_moment(activate, upstream, victim):
@@ -59,6 +70,7 @@ def test_kill_9_at_any_moment(activate, upstream, victim):
         time.sleep(rng.uniform(0, took * 1.1))
         victim(process, rng)
         process.communicate(timeout=300)
+        wait_until(lambda: is_free(activate.state / "r.lock"))
         head = activate.head()
         assert head in (old, new), number
         if head == old:
