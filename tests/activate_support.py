@@ -202,9 +202,9 @@ def in_mounts(command):
     return ["unshare", "-m", "sh", "-ec", command + '\nexec "$@"', "sh"]
 
 
-# A python3 that runs all but one of the script's programs: that begins, and never ends.
+# A python3 that runs all of the script's programs, but one only where a file is taken away.
 HANGS = """#!/bin/sh
-case $4 in *"%s"*) : >"%s"; exec sleep 1000 ;; esac
+case $4 in *"%s"*) : >"%s"; while [ -e "%s" ]; do sleep 0.1; done ;; esac
 exec "%s" "$@"
 """
 
@@ -212,7 +212,7 @@ exec "%s" "$@"
 def hang_in(program, began, folder):
     """Put a python3 into `folder`, made for PATH, that hangs where it is to run a program.
 
-    That is one with the text `program` in it; there is a file `began` from then on."""
+    That is one with the text `program` in it; it hangs while there is the file `began`."""
     folder.mkdir()
-    (folder / "python3").write_text(HANGS % (program, began, PYTHON))
+    (folder / "python3").write_text(HANGS % (program, began, began, PYTHON))
     (folder / "python3").chmod(0o755)

@@ -257,6 +257,25 @@ def test_a_term_just_before_a_hook_begins(activate, tmp_path, shell):
     assert (result.status, result.err) == (1, "slave-activate: interrupted\n"), result
 
 
+@pytest.mark.parametrize("name", ["pre-update", "post-update"])
+def test_a_shell_that_is_killed_just_before_a_hook_begins(activate, tmp_path, name):
+    """What is to run it says so in a line: the environment for the hook has gone with it."""
+    began, fake = tmp_path / "began", tmp_path / "fake"
+    hang_in("class Output", began, fake)
+    activate.hook(name, "touch '%s'\n" % (tmp_path / "ran"))
+    env = {"PATH": "%s:%s" % (fake, os.environ["PATH"])}
+    process = activate.start("r", env=env)
+    wait_until(began.exists)
+    process.kill()
+    process.wait()
+    began.unlink()
+    _, err = process.communicate(timeout=60)
+    assert err.decode() == (
+        "slave-activate: no hook, as /proc/%d/environ: No such file or directory\n" % process.pid
+    )
+    assert not (tmp_path / "ran").exists()
+
+
 # -- the exit status ---------------------------------------------------------------------
 
 
