@@ -1763,12 +1763,9 @@ class Relay:
         if record.ref:
             pins = ["--ref", record.ref.encode(), *pins]
         # Who asked, why, and by way of whom goes on to those beneath.
-        via = self.id
-        if record.via:
-            via = f"{record.via},{via}"
         variables = dict(environ, SERVER_UPDATE_BY=(record.by or "").encode(),
                          SERVER_UPDATE_NOTE=(record.note or "").encode(),
-                         SERVER_UPDATE_VIA=via)
+                         SERVER_UPDATE_VIA=f"{record.via or ''},{self.id}".lstrip(","))
         try:
             run = Run(f"{record.repo}: beneath", self.command("--json", record.repo, *pins),
                       variables)
@@ -1778,10 +1775,8 @@ class Relay:
         try:
             return read_summary(run.stdout)
         except Exception:  # it has not come as far as that
-            words = say_status("server-update", run.status)
-            if run.status == 2:
-                words = run.last_words()
-            return self.not_started(words)
+            return self.not_started(
+                run.last_words() if run.status == 2 else say_status("server-update", run.status))
 
 
 class Updater:
@@ -1920,9 +1915,9 @@ class Updater:
         command = [self.command]
         if record.pin:
             command += ["--commit", record.pin]
-        command.append(record.repo)
+        command += [record.repo]
         if record.ref:
-            command.append(record.ref.encode())  # whatever the locale can encode
+            command += [record.ref.encode()]  # whatever the locale can encode
         # A forge may tell of a push before it can be fetched.
         variables = dict(environ, SERVER_UPDATE_EXPECT=record.expect or "")
         for key in ACTIVATE_SETTINGS:
