@@ -2546,6 +2546,7 @@ class Handler(Connection):
 class Server(ThreadingHTTPServer):
     """Accepts connections, and drops those that are late or too many."""
 
+    shutdown_request = TCPServer.close_request  # see Connection.finish
     allow_reuse_port = False  # a second slave on the same port is a mistake
     request_queue_size = 1024
     tls = None  # where connections are to be wrapped
