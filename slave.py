@@ -183,11 +183,12 @@ def is_absent(path):
 
     Raises OSError where that can't be known: what can't be looked at is not absent."""
     try:
+        os.stat(dirname(path) or ".")
         os.lstat(path)
-    except FileNotFoundError:
-        folder = dirname(path) or "."
-        if not is_absent(folder):
-            os.stat(folder)  # raises where it is a link that leads nowhere
+    except FileNotFoundError as error:
+        # Its folder is absent, too, or a link that leads nowhere.
+        if error.filename != path and not is_absent(error.filename):
+            raise
         return True
     return False
 
