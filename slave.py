@@ -539,18 +539,16 @@ class Records(namedtuple("Records", "ended running queued counts",
             update = max(update, newest.update + 1)
             # Until it starts, what is live is what the update before it left.
             asked = dict(asked, commit=newest.commit)
-        first = self.queued.first if self.queued else update
-        record = Record(
-            repo, update, ref, "queued", requested=now, first=first, **asked)
-        return self._replace(queued=record)
+        return self._replace(queued=Record(
+            repo, update, ref, "queued", requested=now,
+            first=self.queued.first if self.queued else update, **asked))
 
     def start(self, live, now):
         """The queued update runs; `live` is the commit that is live before it."""
         # What was live before this update, also where an earlier try has put something else live.
         previous = self.queued.previous or live
-        begun = self.queued._replace(
-            state="running", started=now, commit=live, previous=previous)
-        return self._replace(running=begun, queued=None)
+        return self._replace(queued=None, running=self.queued._replace(
+            state="running", started=now, commit=live, previous=previous))
 
     def finish(self, update, changes, now):
         """An update has ended, unless it had before; `changes` are to fields of its record."""
@@ -571,14 +569,14 @@ class Records(namedtuple("Records", "ended running queued counts",
         # Who is bad beneath is told of the newest alone.
         before = [record._replace(beneath_bad=None) for record in self.ended]
         ended = (*before, done)[-MAX_ENDED:]
-        counts = self.counts + Counter([outcome(done)])
-        return begun._replace(ended=ended, running=None, counts=counts)
+        return begun._replace(
+            ended=ended, running=None, counts=self.counts + Counter([outcome(done)]))
 
     def tell(self, update):
         """The hook update-ended has run for an update."""
-        ended = [record._replace(untold=None) if record.update == update else record
-                 for record in self.ended]
-        return self._replace(ended=tuple(ended))
+        return self._replace(ended=tuple(
+            record._replace(untold=None) if record.update == update else record
+            for record in self.ended))
 
     def resume(self):
         """The slave has begun: what it ended under is queued again, unless that was too often."""
@@ -591,8 +589,7 @@ class Records(namedtuple("Records", "ended running queued counts",
         """What runs is queued again, with these changes, or what is queued takes its place."""
         again = self.queued or self.running._replace(
             state="queued", started=None, **changes)
-        again = again._replace(first=self.running.first)
-        return self._replace(queued=again, running=None)
+        return self._replace(queued=again._replace(first=self.running.first), running=None)
 
     def forget(self):
         return self if self.running or self.queued else Records()
@@ -915,8 +912,8 @@ exec env -i PATH="$PATH" HOME="$HOME" git --git-dir="$0" rev-parse --verify "HEA
 
 def ask_git(tree):
     """The commit of HEAD as git tells it, however refs are kept; nothing where there is none."""
-    command = ["sh", "-c", ASK_GIT, f"{tree}/.git"]
-    done = subprocess.run(command, timeout=GIT_TIMEOUT_S, capture_output=True)
+    done = subprocess.run(["sh", "-c", ASK_GIT, f"{tree}/.git"],
+                          timeout=GIT_TIMEOUT_S, capture_output=True)
     return done.stdout.decode().strip()
 
 
