@@ -1513,9 +1513,9 @@ class Answers(dict):
             answer = self.get(key)
             # One that has failed is not told again.
             if not answer or answer.end.done() and answer.status != 0:
-                command = ["sh", "-c", UPLOAD_PACK, mirror, *asked]
                 with can("ask git"):
-                    answer = Answer(mirror, command, environ, body)
+                    answer = Answer(
+                        mirror, ["sh", "-c", UPLOAD_PACK, mirror, *asked], environ, body)
                     answer.file = open_unnamed()
                 answer.end = self.takers.submit(answer.finish, GIT_RUN_TIMEOUT_S)
             answer.asked = monotonic()
@@ -2221,9 +2221,8 @@ class Connection(SimpleHTTPRequestHandler):
         if not super().parse_request():
             return False
         self.enter(ANSWERING, ANSWER_TIMEOUT_S)
-        # As it was sent, which is what is signed.
-        self.target = self.requestline.split()[1]
-        self.route, _, self.query = re.sub(ORIGIN_PATTERN, "/", self.target).partition("?")
+        target = self.requestline.split()[1]
+        self.route, _, self.query = re.sub(ORIGIN_PATTERN, "/", target).partition("?")
         # A body is the last of a connection: what nobody reads is never taken for a request. Nor
         # is that of a POST without a length, which is refused: see body_length.
         has_body = "Content-Length" in self.headers or "Transfer-Encoding" in self.headers
@@ -2383,8 +2382,9 @@ class Handler(Connection):
         if self.route in VIEWS and guard.is_from("VIEW_FROM", self.client_address):
             return
         signatures = self.headers.get_all("X-Server-Update-Signature", [])
+        # What is signed is the target as it was sent.
         self.signed_at = guard.check_signature(
-            signatures, self.command, self.target, int(time()))
+            signatures, self.command, self.requestline.split()[1], int(time()))
 
     def answer_signal(self, repo, ref=None, commit=None, by=None, note=None, via=None, **_):
         """Starts an update."""
@@ -2402,8 +2402,9 @@ class Handler(Connection):
     def start(self, repo, ref, **asked):
         """Queues an update, and tells its id."""
         record = self.server.updater.take_signal(repo, ref, asked, self.client_address)
-        told = {"repo": repo, "update": record.update, "state": record.state, "ref": ref}
-        self.send(202, told, ("Location", f"/status?repo={repo}&update={record.update}"))
+        self.send(
+            202, {"repo": repo, "update": record.update, "state": record.state, "ref": ref},
+            ("Location", f"/status?repo={repo}&update={record.update}"))
 
     def answer_hook(self, repo, ref=None, **_):
         """Starts an update where a forge proves a push that means one; all others get a reason."""
@@ -2503,8 +2504,8 @@ class Handler(Connection):
             looked = [record]
             answer = told(record)
         if repo and history == "1":
-            records = updater.journal.recall(repo).all()
-            answer = {"repo": repo, "updates": [told(one) for one in reversed(records)]}
+            answer = {"repo": repo, "updates": [
+                told(one) for one in reversed(updater.journal.recall(repo).all())]}
         # What is liked best comes first, as all clients have it.
         elif "text/html" in self.headers.get(
                 "Accept", "").lower().partition("application/json")[0]:
@@ -2565,10 +2566,9 @@ class Server(ThreadingHTTPServer):
         self.idle = []  # queues in which threads wait for another connection
         self.read_certificate()
         port = updater.settings["PORT"]
-        address = "0.0.0.0"
-        if lexists("/proc/net/if_inet6"):
-            address = "::"  # and all of IPv4 with it
-        address = str(updater.settings["BIND"] or address)
+        # With :: comes all of IPv4.
+        everywhere = "::" if lexists("/proc/net/if_inet6") else "0.0.0.0"
+        address = str(updater.settings["BIND"] or everywhere)
         if ":" in address:
             self.address_family = socket.AF_INET6
         try:
@@ -2637,9 +2637,7 @@ class Server(ThreadingHTTPServer):
         """Has a thread serve a new connection; RuntimeError, MemoryError where there is none."""
         # There is always room for a new one, or silent ones could shut everybody out. The limit
         # of files may be changed from outside at any time.
-        most = MAX_CONNECTIONS
-        if self.guard.settings["GIT_FROM"]:
-            most = MAX_GIT_CONNECTIONS
+        most = MAX_GIT_CONNECTIONS if self.guard.settings["GIT_FROM"] else MAX_CONNECTIONS
         if len(self.handlers) >= min(most, os.sysconf("SC_OPEN_MAX") - RESERVED_FILES):
             self.drop_one()
             sleep(CLOSING_S)
