@@ -47,7 +47,7 @@ import tempfile
 from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor, wait as wait_for
 from contextlib import contextmanager, suppress
-from functools import partial
+from functools import lru_cache, partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from ipaddress import ip_address, ip_network
 from os import environ
@@ -68,6 +68,7 @@ VERSION = "2.0"
 MAX_RUNNING = 4  # side by side
 MAX_QUEUED = 100  # repositories with an update that waits; those with a tree may be more
 MAX_ENDED = 10  # ended updates that are remembered, a repository
+MAX_ENCODED = 1024  # that are remembered as JSON, too, some 600 KB
 MAX_WITHOUT_TREE = 1000  # repositories that are remembered although nothing is live
 INTERRUPTED = "interrupted three times by the slave's own end; signal again for another try"
 MAX_TRIES = 3  # of one update that a kill of the slave cuts off; a clean stop is none
@@ -486,10 +487,20 @@ def read_settings(environ, options, folder=CONFIG_FOLDER):
 # update in whose place this one is, or itself; `untold` is the path of the hook update-ended until
 # that has run; `lived` is when an update went live last, this one or one before it; `tries` are
 # those that a kill of the slave cut off.
-Record = namedtuple("Record", "repo update ref state requested started finished commit previous "
-                    "message pin hook beneath beneath_bad by note via expect first untold lived "
-                    "tries", defaults=[None] * 4 + [""] + [None] * 11 + [0])
+class Record(namedtuple(
+        "Record", "repo update ref state requested started finished commit previous message pin "
+        "hook beneath beneath_bad by note via expect first untold lived tries",
+        defaults=[None] * 4 + [""] + [None] * 11 + [0])):
+    __hash__ = object.__hash__  # so that encode_record knows one again, whatever is in it
+
+
 TOLD = Record._fields[:16]
+
+
+@lru_cache(MAX_ENCODED)
+def encode_record(record):
+    """A record as JSON; most of a file's are as they were when it was written last."""
+    return json.dumps(record._asdict())
 
 
 def told(record):
@@ -596,8 +607,8 @@ class Records(namedtuple("Records", "ended running queued counts",
 
     def encode(self):
         """The text of a record file: the newest one's fields, and the others as `earlier`."""
-        *earlier, newest = [record._asdict() for record in self.all()]
-        return json.dumps(dict(newest, earlier=earlier)).encode() + b"\n"
+        *earlier, newest = map(encode_record, self.all())
+        return f'{newest[:-1]}, "earlier": [{", ".join(earlier)}]}}\n'.encode()
 
 
 def is_number(value):
@@ -2514,9 +2525,10 @@ class Handler(Connection):
 
     def answer_metrics(self, **_):
         updater = self.server.updater
-        measured = [measure(now, updater.journal.recall(now.repo))
-                    for now in updater.look_at_all() if now.commit]
-        self.send(200, format_metrics(measured), kind="text/plain; version=0.0.4; charset=utf-8")
+        self.send(200, format_metrics([
+            measure(now, updater.journal.recall(now.repo))
+            for now in updater.look_at_all() if now.commit
+        ]), kind="text/plain; version=0.0.4; charset=utf-8")
 
     def answer_front(self):
         """The served file, or where there is none a word about what this is."""
