@@ -200,6 +200,7 @@ def test_a_block_runs_as_it_stands(world, block):
 # -- those that want something else around them
 
 
+@pytest.mark.slow
 def test_a_careful_rollout(world):
     carefully, again, window, history = find_block(
         "recipes.md", "server-update --batch 1,10"
@@ -364,6 +365,7 @@ def test_a_chat_is_told(world, chat, tmp_path):
     assert re.search(": hanuman: failed, live is %s. .*nowhere" % live, told), told
 
 
+@pytest.mark.slow
 def test_several_hooks(world, tmp_path):
     """A hold, and what is kept: both count, in the order of their names."""
     assert world("server-update hanuman").returncode == 0

@@ -149,6 +149,7 @@ def test_a_clone_equals_one_from_the_forge(relay, repo, tmp_path, protocol):
     assert run_git("rev-parse", "HEAD", cwd=str(tmp_path / "tree")) == new
 
 
+@pytest.mark.slow
 def test_two_tiers_give_all_branches_and_tags(relay, repo, start_slave, tmp_path):
     middle = start_slave(BASE_URL=relay.url + "/git", GIT_FROM="127.0.0.1")
     leaf = start_slave(BASE_URL=middle.url + "/git")
@@ -188,6 +189,7 @@ def test_the_forge_sees_one_clone_whatever_is_beneath(
         assert {leaf.json("/status?repo=hanuman")["commit"] for leaf in leaves} == {commit}
 
 
+@pytest.mark.slow
 def test_a_slave_beneath_takes_no_more_than_is_new(relay, repo, start_slave):
     commit_much(repo, 3)
     relay.wait_update()
@@ -202,6 +204,7 @@ def test_a_slave_beneath_takes_no_more_than_is_new(relay, repo, start_slave):
     assert min(pack.stat().st_size for pack in packs) < 10000
 
 
+@pytest.mark.slow
 def test_a_submodule_by_a_relative_url_comes_from_the_relay_that_has_it(
     start_slave, upstream, repo
 ):
@@ -261,6 +264,7 @@ def settings_of_page(beginning, *pairs):
     return dict(line.split("=", 1) for line in text.splitlines())
 
 
+@pytest.mark.slow
 def test_over_tls_as_the_page_has_it(start_slave, repo, authority, tmp_path):
     """All beneath, whose git is told of the authority, have the commit from the relay."""
     page_list, page_host = "/etc/server-update/slavelist.txt", "relay.example.org:9999"
@@ -570,6 +574,7 @@ def test_what_is_cut_off_is_no_success(relay, tmp_path, protocol, cut):
 OLDEST = ("-c", "protocol.version=0")  # which tells all commits that there are
 
 
+@pytest.mark.slow
 def test_a_request_of_many_commits(still, tmp_path):
     """git sends more than 1 MiB in chunks, and more than 1 KiB by gzip."""
     run_git("init", "-q", tmp_path / "tree")
@@ -773,6 +778,7 @@ def test_half_sent_bodies_keep_nobody_from_being_served(start_slave, repo):
             assert read_all(waiting).endswith(b"ok\n")
 
 
+@pytest.mark.slow
 def test_many_different_requests_leave_files_for_an_update(start_slave, repo):
     slave = start_slave(GIT_FROM="127.0.0.1")
     slave.stop()
@@ -785,6 +791,7 @@ def test_many_different_requests_leave_files_for_an_update(start_slave, repo):
     assert slave.wait_update()["state"] == "live"
 
 
+@pytest.mark.slow
 def test_a_full_disk_breaks_answers_and_is_forgotten_with_it(start_slave, repo, small_disk):
     """Never a part that looks whole, nor a failure that is told again once there is room."""
     for number in range(300):
@@ -935,6 +942,7 @@ def test_no_fetch_fails_or_mixes_while_the_relay_is_updated(
         assert run_git("--git-dir", path, "fsck", "--full", "--no-dangling") == ""
 
 
+@pytest.mark.slow
 def test_slaves_beneath_follow_while_the_relay_is_updated(relay, repo, start_slave):
     leaves = [start_slave(BASE_URL=relay.url + "/git") for _ in range(3)]
     for number in range(3):
@@ -989,6 +997,7 @@ def test_a_damaged_mirror_breaks_the_answer_and_heals(relay, tmp_path):
     run_git("clone", "-q", "--bare", url(relay), tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_without_git_from_the_mirror_goes_with_the_next_update(relay):
     relay.stop()
     del relay.settings["GIT_FROM"]

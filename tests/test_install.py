@@ -471,6 +471,7 @@ def test_a_wrong_slave_is_refused_with_the_words_of_server_update(installer):
     )
 
 
+@pytest.mark.slow
 def test_mistakes_in_settings_that_are_there_stop_an_upgrade(installer):
     installer.check("master")
     installer.check("slave")
@@ -482,6 +483,7 @@ def test_mistakes_in_settings_that_are_there_stop_an_upgrade(installer):
     assert installer.refused("slave") == "install.sh: %s:2: unknown setting 'FOO'" % conf
 
 
+@pytest.mark.slow
 def test_an_option_that_a_kept_slave_conf_contradicts_is_a_mistake(installer):
     installer.check("slave", "--port", "80", "--repos", "/srv/my clones")
     with (installer.folder / "slave.py").open("a") as script:

@@ -125,6 +125,7 @@ def relay(installer, tmp_path, upstream):
     return run
 
 
+@pytest.mark.slow
 def test_it_says_url_and_key_for_the_forge(relay):
     out = relay("127.0.0.1:1", "--repo", "hanuman")
     asked = "At the forge, a webhook for pushes, as JSON, to this URL, with this secret:\n"

@@ -97,6 +97,7 @@ def hook(slave, name, text):
 # -- from one push to all beneath
 
 
+@pytest.mark.slow
 def test_two_tiers_have_the_commit_and_say_who_asked(start_slave, start_relay, update, upstream):
     repo = upstream.create("hanuman", files={"a": "1"})
     leaves = [start_slave() for _ in range(3)]
@@ -248,6 +249,7 @@ def test_a_list_that_is_gone_refuses_nothing(start_relay, upstream):
     assert record["beneath_bad"][0]["message"] == why
 
 
+@pytest.mark.slow
 def test_a_list_that_became_a_pipe_is_given_up(start_relay):
     relay = start_relay(["web1", "web2"])
     stand_in(relay)

@@ -5,7 +5,6 @@ import socket
 
 import pytest
 from processes import wait_until
-from product import daily
 
 SECRET, NEXT_SECRET = "correct horse battery staple", "a new secret of enough bytes"
 
@@ -91,9 +90,8 @@ def test_a_secret_is_changed_without_a_gap(start_slave, repo, tmp_path, update):
     assert done.results[entry]["outcome"] == "refused"  # not signed at all
 
 
-@pytest.mark.parametrize(
-    "kept, outcomes", daily(1, [(True, {"live"}), (False, {"live", "refused"})])
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kept, outcomes", [(True, {"live"}), (False, {"live", "refused"})])
 def test_the_secret_changes_while_a_fleet_is_being_updated(
     start_slave, repo, tmp_path, start_update, update, kept, outcomes
 ):

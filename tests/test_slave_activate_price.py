@@ -129,6 +129,7 @@ def test_the_disk_is_not_asked_for_a_second_copy_of_the_history(activate, histor
     assert (activate.live() / ".git/objects/pack" / pack.name).stat().st_nlink == 1
 
 
+@pytest.mark.slow
 def test_a_failing_roll_up_costs_nothing_but_a_clone_anew(activate, upstream, tmp_path):
     """A git before 2.32 has no --geometric: packs grow to 40, then all is cloned anew, once."""
     fake = tmp_path / "fake"

@@ -113,6 +113,7 @@ def test_an_update_that_the_upgrade_interrupts_is_done_by_the_new_version(upgrad
     assert upgrade.live() == "one\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("master, slave", [("1.0", "now"), ("now", "1.0")])
 def test_one_version_beside_the_other(upgrade, master, slave):
     if slave == "now":
