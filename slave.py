@@ -2040,8 +2040,8 @@ HIDDEN_RE = re.compile(r"(^|/)(\.|\.\.|\.git)(/|$)", re.I)
 def find_clone(path, repos, known="/"):
     """The clone that a path leads into, by links too; / if into none.
 
-    That is one in `repos`, or the innermost folder with a .git in it; but no other one of these
-    once a link in the clone `known` has been followed, which may lead to any."""
+    That is one in `repos`, or the innermost folder with a .git in it; but only one within `known`
+    once a link in that clone has been followed, which may lead to any."""
     clone = known
     here = "/"
     while path:
@@ -2053,8 +2053,8 @@ def find_clone(path, repos, known="/"):
         if islink(here):
             target = join(dirname(here), f"{os.readlink(here)}/{path}")
             return find_clone(target, repos, clone)
-        if known == "/" and lexists(f"{here}/.git"):
-            clone = here
+        if here.startswith(known) and lexists(f"{here}/.git"):
+            clone = f"{here}/"  # of /srv/site, /srv/site2 is no part
     return clone
 
 
@@ -2232,8 +2232,8 @@ class Connection(SimpleHTTPRequestHandler):
         if not super().parse_request():
             return False
         self.enter(ANSWERING, ANSWER_TIMEOUT_S)
-        target = self.requestline.split()[1]
-        self.route, _, self.query = re.sub(ORIGIN_PATTERN, "/", target).partition("?")
+        self.route, _, self.query = re.sub(
+            ORIGIN_PATTERN, "/", self.requestline.split()[1]).partition("?")
         # A body is the last of a connection: what nobody reads is never taken for a request. Nor
         # is that of a POST without a length, which is refused: see body_length.
         has_body = "Content-Length" in self.headers or "Transfer-Encoding" in self.headers

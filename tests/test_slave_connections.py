@@ -499,6 +499,34 @@ def test_no_link_of_a_clone_elsewhere_leads_out_of_it(start_slave, tmp_path, tar
         assert (status, SECRET.encode() in body) == (404, False)
 
 
+def test_a_link_in_a_clone_leads_into_a_clone_within_it_and_not_out_of_that(start_slave, tmp_path):
+    """As where a folder of other clones is a clone itself, with a link of the administrator's."""
+    outer = tmp_path / "srv"
+    inner, beside = outer / "site", outer / "site2"
+    for folder in (outer, inner, beside):
+        (folder / ".git").mkdir(parents=True)
+    (outer / "key").write_text(SECRET)
+    (beside / "page").write_text(SECRET)
+    (outer / "www").symlink_to("site")
+    slave = start_slave(args=[outer / "www" / "page"])
+    for target in ("../key", "../site2/page"):
+        (inner / "page").symlink_to(target)
+        assert slave.get("/")[0] == 404
+        (inner / "page").unlink()
+    (inner / "page").write_text("fine")
+    assert slave.get("/")[2] == b"fine"
+
+
+def test_a_link_in_a_clone_leads_into_none_beside_it(start_slave, tmp_path):
+    """Not even where the name of the one begins as that of the other."""
+    site, beside = tmp_path / "srv" / "site", tmp_path / "srv" / "site2"
+    for folder in (site, beside):
+        (folder / ".git").mkdir(parents=True)
+    (beside / "page").write_text(SECRET)
+    (site / "page").symlink_to("../site2/page")
+    assert start_slave(args=[site / "page"]).get("/")[0] == 404
+
+
 def test_a_clone_in_repos_dir_is_the_one_whatever_is_around_it(start_slave):
     """As where a home is a clone, too, of settings."""
     slave = start_slave(args=["www/page"])
