@@ -224,6 +224,18 @@ def test_a_damaged_old_clone_ends_in_a_fresh_one(activate, upstream, live, tmp_p
     assert activate("r").err == "", "the next one is fast again"
 
 
+@pytest.mark.parametrize("name", daily(1, ["SSL_certs", "gnutls_x", "kex_exchange_id"]))
+def test_a_name_is_no_reason_to_blame_upstream(activate, upstream, name):
+    """As what libraries print about a connection: the old clone is at fault all the same."""
+    repo = upstream.create(name)
+    activate.good(name)
+    repo.commit({"f": "next"})
+    gc_by_hand(activate.live(name))
+    result = activate(name)
+    assert (result.status, result.err.count(SLOW)) == (0, 1), result
+    assert activate.head(name) == repo.head()
+
+
 def test_rot_that_has_no_trace_is_found_where_it_is_read(activate, upstream, live, tmp_path):
     for pack in (live / ".git/objects/pack").glob("*.pack"):
         corrupt_pack_unseen(live) if pack == first_pack(live) else None

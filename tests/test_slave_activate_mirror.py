@@ -8,7 +8,7 @@ import time
 from functools import partial
 
 import pytest
-from activate_support import git, in_mounts
+from activate_support import finish, git, in_mounts
 from processes import wait_until
 from product import SHELLS, daily
 from upstream import run_git
@@ -122,9 +122,10 @@ def log_programs(activate, log):
 def test_without_git_from_there_is_none_and_no_process_more(mirror, upstream, tmp_path):
     upstream.create("r")
     mirror.update()
-    del mirror.activate.settings["GIT_FROM"]
+    mirror.activate.settings["GIT_FROM"] = ""
     mirror.activate.good("r")
     assert not mirror.path.exists()
+    del mirror.activate.settings["GIT_FROM"]
     log = tmp_path / "programs"
     log_programs(mirror.activate, log)
     mirror.activate.good("r")
@@ -135,6 +136,18 @@ def test_without_git_from_there_is_none_and_no_process_more(mirror, upstream, tm
     with_it = log.read_text()[len(without) :]
     assert "refs/tags" in with_it
     assert len(with_it.splitlines()) == len(without.splitlines()) + 2
+
+
+def test_by_hand_the_mirror_of_a_slave_that_has_git_from_elsewhere_stays_up_to_date(
+    mirror, upstream
+):
+    """As an option of slave.py, or in its unit: a run by hand knows nothing of that."""
+    repo = upstream.create("r")
+    mirror.update()
+    repo.commit({"a": "2"})
+    del mirror.activate.settings["GIT_FROM"]
+    mirror.update()
+    assert mirror.refs() == repo.git("for-each-ref", FORMAT)
 
 
 def test_slave_conf_can_set_it(activate, upstream, tmp_path):
@@ -492,6 +505,21 @@ def test_timeout_ends_it(mirror, upstream):
     result = mirror.activate("r")
     assert (result.status, mirror.activate.head()) == (3, repo.head())
     assert result.last.endswith("brought up to date: TIMEOUT (3 s) is over")
+
+
+def test_a_term_ends_it(mirror, upstream, tmp_path):
+    repo = upstream.create("r")
+    ready = tmp_path / "ready"
+    mirror.break_script(
+        "def update(source, mirror, refs, head):\n",
+        'def update(source, mirror, refs, head):\n    open("%s", "w"); time.sleep(600)\n' % ready,
+    )
+    process = mirror.activate.start("r")
+    wait_until(ready.exists)
+    process.terminate()
+    result = finish(process, 60)
+    assert (result.status, mirror.activate.head()) == (3, repo.head())
+    assert result.last.endswith("brought up to date: interrupted")
 
 
 def test_a_hook_that_fails_too_has_the_last_word(mirror, upstream):

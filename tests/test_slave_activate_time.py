@@ -170,6 +170,34 @@ def test_who_has_the_lock_is_told(activate, shell):
     assert "slave-activate: process %d has it since" % holder.pid in result.err.split("\n")[1]
 
 
+def test_a_timeout_before_it_waits_for_the_lock(activate):
+    marker = activate.bin / "in-hook"
+    activate.hook("pre-update", "touch %s; sleep 1000\n" % marker)
+    holder = activate.start("r", env={"SERVER_UPDATE_TIMEOUT": "100"})
+    wait_until(marker.exists)
+    text = activate.script.read_text()
+    late = text.replace("    take_lock\n", "    kill -ALRM $$\n    take_lock\n")
+    assert late != text
+    activate.script.write_text(late)
+    result = activate("r")
+    holder.terminate()
+    assert finish(holder, 60).status == 1
+    assert (result.status, result.out) == (1, "")
+    assert result.last.startswith("slave-activate: TIMEOUT (4 s) is over; "), result
+
+
+@pytest.mark.parametrize("name, status", [("pre-update", 1), ("post-update", 3)])
+def test_a_timeout_that_is_lost_just_before_a_hook_begins(activate, name, status):
+    """There is no process yet that a trap could end."""
+    text = activate.script.read_text()
+    activate.script.write_text(text.replace("    kill -ALRM $$\n", "    :\n"))
+    assert activate.script.read_text() != text
+    activate.hook(name, "sleep 1000\n")
+    result = activate("r", env={"SERVER_UPDATE_TIMEOUT": "8"})
+    assert result.status == status, result
+    assert result.last.endswith("%s hook failed (143): TIMEOUT is over" % name), result
+
+
 def test_a_kill_of_the_shell_ends_its_git_soon(late, http_upstream):
     """By what keeps its time, which sees that it is gone when it next looks."""
     late.settings["BASE_URL"] = http_upstream.url

@@ -1,6 +1,7 @@
 """What it says: each failure with what to do, and no password of a URL."""
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -20,7 +21,7 @@ def activate(activate, repo):
 
 def ssh_that_says(folder, words):
     ssh = folder / "ssh"
-    ssh.write_text("#!/bin/sh\ncat >&2 <<'END'\n%s\nEND\nexit 255\n" % words)
+    ssh.write_text("#!/bin/sh\ncat >&2 <<'END'\n%s\nEND\nexit 255\n" % words, encoding="utf-8")
     ssh.chmod(0o755)
     return {"SERVER_UPDATE_BASE_URL": "ssh://git@x/y", "GIT_SSH_COMMAND": str(ssh)}
 
@@ -41,6 +42,15 @@ def test_what_ssh_says_comes_with_advice(activate, tmp_path, words, advice):
     assert (result.status, result.out) == (1, "")
     assert result.last.startswith("slave-activate: " + words.replace("fatal: ", "")), result
     assert advice in result.last
+
+
+def test_nothing_that_upstream_says_moves_a_cursor(activate, tmp_path):
+    """Neither ESC [ nor CSI, the same as one character, of two bytes in UTF-8."""
+    words = "ERROR: \x1b[2Jone \u009b2Jtwo \u00e9."
+    result = activate("r", env=ssh_that_says(tmp_path, words))
+    assert (result.status, result.out) == (1, "")
+    assert "ERROR: [2Jone 2Jtwo \u00e9." in result.err, result
+    assert not re.search("[\x1b\x80-\x9f]", result.err)
 
 
 def test_a_key_that_upstream_does_not_know(activate, tmp_path):
