@@ -85,7 +85,7 @@ MAX_MESSAGE_CHARS = 300
 MAX_PRINTED_BYTES = 49152  # of what a program prints
 # What tells most comes first.
 OUTPUT_KINDS = ("slave-activate: ", "server-update: ", "fatal: ", "error: ", "")
-OUTPUT_RE = re.compile(f"^({'|'.join(OUTPUT_KINDS)})(.+)")
+OUTPUT_RE = re.compile(f"^({'|'.join(OUTPUT_KINDS)})(.{{1,{MAX_MESSAGE_CHARS}}})")
 # As slave-activate's run_hook, run_post_update and clean_up say it.
 HOOK_PATTERN = r"live, but post-update hook failed \(([0-9]{1,3})\)"
 # What is worth a word although all went well: of the old tree, of a push
@@ -499,7 +499,7 @@ TOLD = Record._fields[:16]
 
 @lru_cache(MAX_ENCODED)
 def encode_record(record):
-    """A record as JSON; most of a file's are as they were when it was written last."""
+    """A record as JSON; with a signal or a start most of a file's are as they were before."""
     return json.dumps(record._asdict())
 
 
@@ -574,7 +574,7 @@ class Records(namedtuple("Records", "ended running queued counts",
         if changes["state"] == "live":
             lived = now
         done = running._replace(finished=now, lived=lived, **changes)
-        # slave-activate knows nothing of an earlier try, which is what it found live.
+        # What slave-activate found live may be an earlier try's doing, of which it knows nothing.
         if running.previous != running.commit:
             done = done._replace(previous=running.previous)
         # Who is bad beneath is told of the newest alone.
@@ -633,7 +633,7 @@ RULES = (
     ("beneath", lambda counts: all(map(is_number, counts.values()))),
     ("beneath_bad", lambda value: isinstance(value, list)),
 )
-REQUIRED = {"requested", "message", "tries"}  # the others are looked at anyway
+REQUIRED = {"requested", "message", "tries"}  # for repo, state and update see decode_record
 
 
 def decode_record(repo, fields):
@@ -673,7 +673,7 @@ def decode_records(repo, data):
     # A file in which nothing is understood is broken, not newer.
     if not found:
         raise wrong
-    # What has ended has a time for it; of what has not there is one of a state at most.
+    # What has ended has a time for it; at most one runs and one is queued.
     ended = tuple(record for record in found if record.finished)
     unfinished = {record.state: record for record in found if not record.finished}
     records = Records(ended, **unfinished)
@@ -733,7 +733,7 @@ class Journal:
         self.unsaved = set()  # whose last change could not be written; the next one writes it, too
         self.changes = SimpleQueue()  # of what commit() asks for
         self.changed = Condition()  # told after each change
-        self.fds = []  # that hold the locks; the third one is the state folder
+        self.fds = []  # that hold the locks, and a third one: the state folder, to be synced
         self.take()
         self.floor = Floor(f"{folder}/signed")  # see guard
         # A disk that is full or read-only is told now, not at the first signal.
@@ -745,7 +745,7 @@ class Journal:
                 self.load(repo)
         start_thread(self.write_changes)
         # A thread whose first steps find no memory ends, and without this one no signal would ever
-        # get an answer: it has answered once, to what changes nothing, before all else.
+        # get an answer. So it is asked for what is no change, and answers by a TypeError.
         with suppress(TypeError):
             self.commit("", None)
 
@@ -779,6 +779,8 @@ class Journal:
         path = self.path(repo)
         try:
             self.records[repo] = decode_records(repo, read_file(path)).resume()
+        except FileNotFoundError:
+            pass  # removed, since it could not be read
         except (OSError, MemoryError) as error:
             if repo not in self.unread:
                 log(f"{path} can't be read now and is left as it is: {error}")
@@ -793,8 +795,8 @@ class Journal:
     def commit(self, repo, method, *args):
         """Applies a method of Records; what it returns, once that is on disk.
 
-        Where it can't be: OSError for accept; all else holds in memory, and is written with the
-        next change."""
+        Where it can't be: what went wrong, for accept; all else holds in memory, and is written
+        with the next change. OSError also where the record can't be read now."""
         if repo in self.unread:
             raise OSError("its record can't be read")
         answer = SimpleQueue()
@@ -1031,7 +1033,8 @@ class Run:
         if rest and not part:
             lines.append(rest)
         for line in lines:
-            text = line[:MAX_LINE_BYTES].decode("utf-8", "replace").rstrip().replace("\t", " ")
+            text = line.decode("utf-8", "replace").rstrip().replace("\t", " ")
+            text = escape(USER_RE.sub("", text))
             log(f"{self.name}: {text}")
             self.said.update(OUTPUT_RE.findall(text))
 
@@ -1083,15 +1086,15 @@ def judge(repo, status, stdout, words, late_after_s):
     live = re.fullmatch(OUTCOME_PATTERN, f"{repo} {stdout.decode('ascii', 'replace')}")
     message = words or say_status("slave-activate", status)
     if late_after_s:
-        had_said = words and ", and had said: " + words
-        message = f"stopped as it took longer than {late_after_s} s (TIMEOUT){had_said}"
+        message = (f"stopped as it took longer than {late_after_s} s (TIMEOUT)"
+                   f"{words and ', and had said: '}{words}")
     elif status == 0:
         if not live:
             message = "slave-activate did not say which commit is live"
         # Of an update that went well only what it left behind is worth a word.
         elif not re.match(WORTH_PATTERN, words):
             message = ""
-    message = escape(USER_RE.sub("", message))[:MAX_MESSAGE_CHARS]
+    message = message[:MAX_MESSAGE_CHARS]
     # What had gone live before the time was up is live; 3 is a post-update hook that failed,
     # or the mirror, which counts as one.
     if not live or not (late_after_s or status in (0, 3)):
@@ -1164,7 +1167,7 @@ def check_proofs(given, keys, macs):
 def find_payload(body):
     """The JSON of a body, which may be a form."""
     if body.startswith(b"payload="):
-        body = unquote_to_bytes(body[len(b"payload="):].replace(b"+", b" "))
+        return unquote_to_bytes(body[len(b"payload="):].replace(b"+", b" "))
     return body
 
 
@@ -1236,7 +1239,7 @@ def found_live(record, commit):
     """A record where that commit is live by now: by hand, perhaps."""
     if record.state == "live" and record.beneath and commit != record.commit:
         record = record._replace(
-            message="another commit was put live here by hand, and not beneath",
+            message="what is live here was changed by hand, and not beneath",
             beneath={"not started": sum(record.beneath.values())})
     return record._replace(commit=commit)
 
@@ -2159,7 +2162,7 @@ class Connection(SimpleHTTPRequestHandler):
     sys_version = VERSION
     disable_nagle_algorithm = True
     rbufsize = 0  # as HeaderReader has a buffer of its own
-    wbufsize = 2048  # one write an answer
+    wbufsize = 2048  # one write an answer, mostly
     has_rest = True  # whether more than what is answered may have come
 
     def setup(self):
@@ -2547,7 +2550,7 @@ class Handler(Connection):
 
     def copyfile(self, source, outputfile):
         """Sends a file at any speed its peer has, as long as it takes something now and then."""
-        # No more than was announced, should it grow meanwhile.
+        # Not for ever, should it grow meanwhile.
         size = os.path.getsize(self.path)
         for start in range(0, size, 65536):
             self.enter(WAITING, SEND_TIMEOUT_S)

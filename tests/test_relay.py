@@ -289,6 +289,21 @@ def test_server_update_that_can_not_be_run(start_relay):
     assert "Exec format error" in record["message"]
 
 
+def test_what_server_update_says_of_a_bad_list_is_kept_over_a_restart(start_relay):
+    """Whatever is in it: a record that can't be printed would not be read again."""
+    relay = start_relay(["web1"])
+    stand_in(relay)
+    relay.slavelist.write_text("web[1\u00a0-%s]\n" % ("3" * 500), encoding="utf-8")
+    record = relay.wait_update()
+    assert record["beneath"] == {"not started": 1}
+    assert ": bad range '[1\\xa0-333" in record["message"] and len(record["message"]) < 400
+    write_list(relay.slavelist, ["web1"])
+    relay.stop()
+    relay.start()
+    assert relay.json("/status?repo=hanuman") == record
+    assert not list(relay.state.glob("*.broken"))
+
+
 def test_who_puts_another_commit_live_by_hand_leaves_those_beneath(
     start_slave, start_relay, upstream
 ):
@@ -300,7 +315,7 @@ def test_who_puts_another_commit_live_by_hand_leaves_those_beneath(
     subprocess.check_call([str(relay.bin / "slave-activate"), "hanuman"], env=env)
     record = relay.json("/status?repo=hanuman")
     assert (record["commit"], record["beneath"]) == (two, {"not started": 1})
-    assert record["message"] == "another commit was put live here by hand, and not beneath"
+    assert record["message"] == "what is live here was changed by hand, and not beneath"
     assert relay.wait_update()["beneath"] == {"live": 1}
 
 

@@ -245,7 +245,6 @@ LIVE = ("hanuman %s %s\n" % (TWO, ONE)).encode()
         (1, LIVE, {"slave-activate: ": "no"}, None, "failed", "no"),
         (1, b"", {"fatal: ": "a", "error: ": "b", "": "c"}, None, "failed", "a"),
         (1, b"", {"error: ": "b", "": "c"}, None, "failed", "b"),
-        (1, b"", {"": "c\x1b[31m\n"}, None, "failed", "c\\x1b[31m\\n"),
         (-9, b"", {}, None, "failed", "slave-activate was killed by signal 9"),
         (127, b"", {}, None, "failed", "slave-activate ended with exit status 127"),
         (-15, b"", {}, 600, "failed", "stopped as it took longer than 600 s (TIMEOUT)"),
@@ -266,6 +265,14 @@ def test_judge(status, stdout, said, late, state, message):
     assert (changes["state"], changes["message"]) == (state, message)
     if state == "live":
         assert (changes["commit"], changes["previous"]) == (TWO, ONE)
+
+
+def test_what_a_program_says_is_kept_as_it_may_be_told():
+    """Printable, or the record would not be read again; short, without a password."""
+    run = SimpleNamespace(name="hanuman", unfinished=b"", said={})
+    text = "c\x1b[31m\u00a0of https://u:geheim@host/" + "x" * 9999
+    slave.Run.take_stderr(run, text.encode() + b"\n")
+    assert run.said == {"": ("c\\x1b[31m\\xa0of https://host/" + "x" * 9999)[:300]}
 
 
 def test_judge_an_empty_repository_and_a_long_message():

@@ -143,6 +143,8 @@ def test_a_record_that_is_no_file_holds_up_nobody(start_slave):
     assert slave.wait_update()["state"] == "live"
     assert slave.get("/?repo=fifo", timeout=300)[0] == 503
     assert slave.get("/?repo=folder", timeout=300)[0] == 503
+    (slave.state / "fifo.json").unlink()
+    wait_until(lambda: slave.get("/?repo=fifo")[0] == 202, what="a repository without a record")
 
 
 def test_what_a_newer_version_wrote_keeps_what_this_one_understands(start_slave):
