@@ -317,12 +317,13 @@ def test_overwritten_in_place_while_it_runs_it_runs_nothing_new(activate, repo, 
 
 NO_PROCESSES = """
 import os, resource, subprocess, sys
-live, script = sys.argv[1:3]
+live, gate = sys.argv[1:3]
 before = os.stat(live).st_ino
-process = subprocess.Popen(sys.argv[2:])
+process = subprocess.Popen(sys.argv[3:])
 while os.stat(live).st_ino == before and process.poll() is None:
     pass
 resource.prlimit(process.pid, resource.RLIMIT_NPROC, (0, 0))
+open(gate, "w").close()
 sys.exit(process.wait())
 """
 
@@ -335,7 +336,13 @@ def test_a_host_that_has_no_processes_left_after_the_exchange(activate, repo, sh
     assert activate("r", prefix=prefix).status == 0
     second = repo.commit({"f": "2"})
     activate.hook("post-update", "touch ran\n")
-    watch = [sys.executable, "-c", NO_PROCESSES, str(activate.live()), shell]
+    # The shell waits, without a process, until it can't have one any more.
+    gate = activate.repos / "gate"
+    text = activate.script.read_text()
+    assert text.count("    go_live\n") == 1
+    wait = "    until [ -e '%s' ]; do :; done\n" % gate
+    activate.script.write_text(text.replace("    go_live\n", "    go_live\n" + wait))
+    watch = [sys.executable, "-c", NO_PROCESSES, str(activate.live()), str(gate), shell]
     result = activate("r", prefix=prefix + watch, timeout=120)
     assert activate.head() == second
     assert (result.status, result.out.split()[1]) == (3, second), result
