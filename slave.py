@@ -1033,8 +1033,8 @@ class Run:
         if rest and not part:
             lines.append(rest)
         for line in lines:
-            text = line.decode("utf-8", "replace").rstrip().replace("\t", " ")
-            text = escape(USER_RE.sub("", text))
+            text = escape(USER_RE.sub(
+                "", line[:MAX_LINE_BYTES].decode("utf-8", "replace").rstrip().replace("\t", " ")))
             log(f"{self.name}: {text}")
             self.said.update(OUTPUT_RE.findall(text))
 

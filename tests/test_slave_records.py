@@ -275,6 +275,16 @@ def test_what_a_program_says_is_kept_as_it_may_be_told():
     assert run.said == {"": ("c\\x1b[31m\\xa0of https://host/" + "x" * 9999)[:300]}
 
 
+def test_of_a_line_without_end_a_start_is_looked_at(monkeypatch):
+    """To look for URLs in all of one that has many takes a minute, in which nobody is answered."""
+    looked_at = []
+    look = SimpleNamespace(sub=lambda _, text: looked_at.append(len(text)) or text)
+    monkeypatch.setattr(slave, "USER_RE", look)
+    run = SimpleNamespace(name="hanuman", unfinished=b"", said={})
+    slave.Run.take_stderr(run, b"://" * 20000 + b"\n")
+    assert looked_at and max(looked_at) <= slave.MAX_LINE_BYTES + len("hanuman: ")
+
+
 def test_judge_an_empty_repository_and_a_long_message():
     changes = slave.judge("hanuman", 0, ("hanuman - %s" % ONE).encode(), "", None)
     assert (changes["commit"], changes["previous"]) == (None, ONE)
