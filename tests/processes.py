@@ -23,6 +23,25 @@ def wait_until(true, timeout=LATEST_S, every=0.01, what="it"):
         time.sleep(every)
 
 
+def system_calls(log):
+    """What `strace -f -o log` wrote, as text: a line for each system call, where it ended.
+
+    A call during which another process is heard of is two lines there, "<unfinished ...>" and
+    "<... resumed>": on a busy machine any call can be.
+    """
+    begun, lines, unfinished = {}, [], " <unfinished ...>"
+    for line in log.read_text().splitlines():
+        pid = line.split(" ", 1)[0]
+        resumed = re.match(r"\d+ +<\.\.\. \w+ resumed>", line)
+        if resumed:
+            line = begun.pop(pid, "") + line[resumed.end() :]
+        if line.endswith(unfinished):
+            begun[pid] = line[: -len(unfinished)]
+        else:
+            lines.append(line)
+    return "\n".join(lines + list(begun.values())) + "\n"
+
+
 def processes_below(folder):
     """The processes whose environment has a HOME below `folder`: a slave's descendants."""
     found, mark = [], os.fsencode(str(folder)) + b"/"

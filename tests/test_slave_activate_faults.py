@@ -12,7 +12,7 @@ import time
 
 import pytest
 from activate_support import Activate, finish, git, snapshot
-from processes import descendants, is_alive, kill, wait_until
+from processes import descendants, is_alive, kill, system_calls, wait_until
 from product import SHELLS, daily, need
 
 KILLS = 100  # kill -9 at random moments: of the shell, of its git, of the whole group
@@ -388,7 +388,7 @@ def test_all_is_flushed_before_the_exchange_and_the_folders_after_it(activate, u
     log = tmp_path / "trace"
     calls = "trace=syncfs,fsync,fdatasync,openat,renameat2"
     activate.good("r", prefix=STRACE + ["-y", "-e", calls, "-o", str(log)])
-    text = log.read_text()
+    text = system_calls(log)
     exchange = re.search(r"renameat2\(.*r\.new\".*/r\", RENAME_EXCHANGE\) = 0", text)
     pid = text[: exchange.start()].split("\n")[-1].split()[0]  # that flushes again, what is left
     sync = re.search(r"(?m)^%s +syncfs\(\d+<%s/r\.new>" % (pid, activate.state), text)
@@ -446,7 +446,7 @@ def test_a_failing_second_rename_puts_the_old_tree_back(activate, upstream, tmp_
     prefix += ["-e", "inject=renameat2:error=EINVAL", "-e", "inject=rename:error=EIO:when=1"]
     result = activate("r", prefix=prefix + ["-o", str(log)])
     assert (result.status, result.out) == (1, ""), result
-    renames = [line for line in log.read_text().split("\n") if " rename(" in line]
+    renames = [line for line in system_calls(log).split("\n") if " rename(" in line]
     assert len(renames) == 1 and "EIO" in renames[0], renames
     assert "Input/output error" in result.last and "Traceback" not in result.err
     assert (snapshot(activate.live()), activate.leftovers()) == (before, [])

@@ -1,14 +1,13 @@
 """What hooks get from slave-activate, and what a hook that fails in whatever way leads to."""
 
 import os
-import shutil
 import signal
 import sys
 
 import pytest
 from activate_support import as_another_user, finish, hang_in, snapshot
 from processes import wait_until
-from product import SHELLS
+from product import SHELLS, need
 
 pytestmark = pytest.mark.usefixtures("repo")
 
@@ -281,8 +280,7 @@ def test_a_shell_that_is_killed_just_before_a_hook_begins(activate, tmp_path, na
 
 def test_killed_after_the_exchange_it_is_live_all_the_same(activate, repo, tmp_path):
     """The program that makes the exchange, killed as it is about to flush the folders."""
-    if not shutil.which("strace"):
-        pytest.skip("this needs strace")
+    need("strace")
     first, _ = activate.good("r")
     second = repo.commit({"f": "2"})
     activate.hook("post-update", "touch ran\n")

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 from activate_support import assert_fresh, git
+from processes import system_calls
+from product import need
 
 # An update takes some 0.1 s; ACTIVATE_UPDATES=1000 runs the whole promise (docs/promises.md).
 UPDATES = int(os.environ.get("ACTIVATE_UPDATES") or 30)
@@ -160,13 +162,12 @@ def test_a_failing_roll_up_costs_nothing_but_a_clone_anew(activate, upstream, tm
 
 def test_a_tiny_update_starts_few_programs(activate, upstream, tmp_path):
     """Time is counted in bench/; here it is the programs, which is what a tiny update spends."""
-    if subprocess.call(["which", "strace"], stdout=subprocess.DEVNULL):
-        pytest.skip("this needs strace")
+    need("strace")
     upstream.create("r")
     activate.good("r")
     log = tmp_path / "trace"
     activate.good("r", prefix=["strace", "-f", "-qq", "-e", "trace=execve", "-o", str(log)])
-    lines = [line for line in log.read_text().split("\n") if "= 0" in line]
+    lines = [line for line in system_calls(log).split("\n") if "= 0" in line]
     # What is flushed meanwhile is more often the slower the machine is.
     started = [line for line in lines if not re.search(r'"[^"]*/(sleep|sync)"', line)]
     assert 10 < len(started) <= 30, started

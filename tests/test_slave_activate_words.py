@@ -2,13 +2,12 @@
 
 import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 from activate_support import as_another_user, in_mounts
-from product import SHELLS
+from product import SHELLS, need
 
 SECRET = "s3cr3t"
 
@@ -216,8 +215,7 @@ def test_a_submodules_commit_that_is_nowhere(activate, repo, upstream, http_upst
 
 def test_another_filesystem_is_said_in_words(activate, repo, tmp_path):
     """EXDEV, as of a folder that is part of a container's image; EBUSY."""
-    if not shutil.which("strace"):
-        pytest.skip("this needs strace")
+    need("strace")
     first, _ = activate.good("r")
     for error, words in (("EXDEV", "Invalid cross-device link"), ("EBUSY", "resource busy")):
         prefix = [

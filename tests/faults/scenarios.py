@@ -16,7 +16,7 @@ import time
 
 from checker import git
 from farm import refusing_entry
-from processes import kill, kill_all_below, processes_below, wait_until
+from processes import kill, kill_all_below, processes_below, system_calls, wait_until
 from product import ISOLATED, copy_scripts, shorten_pauses
 from slave_support import SECRET, Slave, signature, stop_for_good
 from upstream import HttpUpstream, Upstream
@@ -149,7 +149,7 @@ def accepted_is_on_disk_before_the_answer(place):
     tracer.terminate()
     tracer.wait(10)
     tracer.stderr.close()
-    text = trace.read_text()
+    text = system_calls(trace)
     before = text[:text.index("HTTP/1.1 202")]
     order = [r"fsync\(\d+<[^>]*\.server-update/[^>]+>", r"rename.*site\.json",
              r"fsync\(\d+<[^>]*\.server-update>"]
@@ -169,7 +169,7 @@ def a_clone_is_on_disk_before_it_goes_live(place):
     process = place.start_activate(before=["strace", "-f", "-y", "-o", str(trace), "-e", calls])
     assert process.wait(60) == 0
     process.stdout.close()
-    text = trace.read_text()
+    text = system_calls(trace)
     exchange = text.find("RENAME_EXCHANGE")
     pid = text[:exchange].rsplit("\n", 1)[1].split()[0]  # there may be others who flush
     assert re.search(r"(?m)^%s .*syncfs.* = 0$" % pid, text[:exchange]), text
