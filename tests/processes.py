@@ -95,6 +95,11 @@ def rss_kib(pid):
         return int(re.search(r"VmRSS:\s+(\d+)", status.read()).group(1))
 
 
+def threads_of(pid):
+    """How many threads a process has."""
+    return len(os.listdir("/proc/%d/task" % pid))
+
+
 def cpu_s(pid):
     """The processor's time that a process has used, ended or not, until it is reaped."""
     with open("/proc/%d/stat" % pid) as stat:

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from signal import SIGINT, SIGTERM
 
 import pytest
-from processes import processes_below, rss_kib, wait_until
+from processes import processes_below, rss_kib, threads_of, wait_until
 from product import ISOLATED, VERSION, with_no_rights
 from slave_support import (
     ONE,
@@ -462,7 +462,9 @@ def test_sigterm_stops_cleanly_and_the_next_start_resumes(start_slave, upstream)
     hook.chmod(0o755)
     update = slave.signal()
     wait_until(lambda: (slave.home / "in-hook").exists())
+    wait_until(lambda: threads_of(slave.process.pid) == THREADS + 1, what="idle threads to end")
     poll = ThreadPoolExecutor(1).submit(slave.json, "/status?repo=hanuman&wait=30")
+    wait_until(lambda: threads_of(slave.process.pid) > THREADS + 1, what="the poll")
     time.sleep(0.2)
     assert slave.stop() == 0, "it does not wait for the hook's end"
     assert poll.result()["state"] in ("running", "queued"), "who waits hears something"

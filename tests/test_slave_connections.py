@@ -12,7 +12,7 @@ import subprocess
 import time
 
 import pytest
-from processes import rss_kib, wait_until
+from processes import cpu_s, rss_kib, threads_of, wait_until
 from slave_support import THREADS, runs, stand_in, wait_runs
 
 RESETS = 1600
@@ -56,23 +56,13 @@ def open_files(slave):
     return len(os.listdir("/proc/%d/fd" % slave.process.pid))
 
 
-def threads(slave):
-    return len(os.listdir("/proc/%d/task" % slave.process.pid))
-
-
-def cpu_s(slave):
-    with open("/proc/%d/stat" % slave.process.pid) as stat:
-        fields = stat.read().rsplit(")", 1)[1].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
 # -- resets
 
 
 def test_connections_that_are_reset_leave_nothing(start_slave):
     slave = start_slave()
     slave.get("/healthz")
-    wait_until(lambda: threads(slave) == THREADS, what="threads to end")
+    wait_until(lambda: threads_of(slave.process.pid) == THREADS, what="threads to end")
     before = open_files(slave)
     for _ in range(RESETS):
         connection = connect(slave.port)
@@ -99,7 +89,7 @@ def test_who_follows_an_update_leaves_nothing_either(start_slave, tmp_path, is_r
     stand_in(slave, 'until [ -e "%s" ]; do sleep 0.05; done' % (tmp_path / "go"))
     update = slave.signal()
     wait_runs(slave, 1)
-    wait_until(lambda: threads(slave) <= THREADS + 1, what="idle threads to end")
+    wait_until(lambda: threads_of(slave.process.pid) <= THREADS + 1, what="idle threads to end")
     before = open_files(slave)
     followers = []
     for _ in range(300):  # more than there is room for
@@ -172,7 +162,7 @@ def test_a_long_day(start_slave, tmp_path):
     def rest():
         wait_until(lambda: not any(one["state"] in ("queued", "running")
                                    for one in slave.json("/status")["repos"].values()))
-        wait_until(lambda: threads(slave) == THREADS, what="threads to end")
+        wait_until(lambda: threads_of(slave.process.pid) == THREADS, what="threads to end")
         return open_files(slave), rss_kib(slave.process.pid)
 
     send(1000)
@@ -263,9 +253,9 @@ def test_few_files_make_it_slow_but_not_busy(start_slave):
     wait_until(lambda: room_for_one(slave) and open_files(slave) <= 24)
     record = slave.wait_update()
     assert record["state"] == "live", "files are kept for updates: %s" % record
-    before = cpu_s(slave)
+    before = cpu_s(slave.process.pid)
     time.sleep(2)
-    assert cpu_s(slave) - before < BUSY_CPU_S
+    assert cpu_s(slave.process.pid) - before < BUSY_CPU_S
     for client in silent:
         client.close()
     assert slave.get("/healthz")[0] == 200
@@ -279,9 +269,9 @@ def test_no_files_at_all_make_it_slow_but_not_busy(start_slave):
     _, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
     resource.prlimit(pid, resource.RLIMIT_NOFILE, (open_files(slave), hard))
     waiting = [connect(slave.port) for _ in range(5)]
-    before = cpu_s(slave)
+    before = cpu_s(slave.process.pid)
     time.sleep(2)
-    assert cpu_s(slave) - before < BUSY_CPU_S
+    assert cpu_s(slave.process.pid) - before < BUSY_CPU_S
     resource.prlimit(pid, resource.RLIMIT_NOFILE, (1024, hard))
     for client in waiting:
         client.close()
@@ -699,7 +689,7 @@ def test_too_few_threads_make_it_slow(start_slave):
     unfinished = [connect(slave.port) for _ in range(8)]
     for connection in unfinished:
         connection.sendall(b"GET /heal")
-    wait_until(lambda: threads(slave) >= 10, what="a thread for each")
+    wait_until(lambda: threads_of(slave.process.pid) >= 10, what="a thread for each")
     pid = slave.process.pid
     with open("/proc/%d/status" % pid) as status:
         size = int(re.search(r"VmSize:\s+(\d+)", status.read()).group(1)) * 1024

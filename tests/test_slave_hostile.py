@@ -14,7 +14,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from processes import rss_kib, wait_until
+from processes import rss_kib, threads_of, wait_until
 from slave_support import THREADS, stand_in
 
 DRIPPERS = 300  # connections that send a header's byte a second
@@ -241,10 +241,7 @@ def test_a_hostile_network(start_slave, tmp_path):
     assert "Traceback" not in log and "connection of" not in log
     assert all(line.isprintable() for line in log.splitlines())
     assert slave.wait_update()["state"] == "live"
-    wait_until(
-        lambda: len(os.listdir("/proc/%d/task" % slave.process.pid)) <= 4,
-        what="all connections to end",
-    )
+    wait_until(lambda: threads_of(slave.process.pid) <= 4, what="all connections to end")
 
 
 def test_what_comes_after_a_request_cuts_no_answer_short(start_slave, tmp_path):
@@ -294,8 +291,7 @@ def test_a_shortage_of_threads_passes(start_slave):
     wait_until(lambda: "can't start new thread" in slave.log(), what="the shortage")
     for connection in idle:
         connection.close()
-    tasks = "/proc/%d/task" % slave.process.pid
-    wait_until(lambda: len(os.listdir(tasks)) == THREADS, what="threads to end")
+    wait_until(lambda: threads_of(slave.process.pid) == THREADS, what="threads to end")
     for _ in range(8):
         assert slave.get("/healthz")[0] == 200
 
