@@ -12,15 +12,19 @@ LATEST_S = 120  # by then what is waited for has happened also on a busy machine
 
 
 def wait_until(true, timeout=LATEST_S, every=0.01, what="it"):
-    """Wait until true() is; its value. For what sends no event: a file, another process."""
-    end = time.monotonic() + timeout
+    """Wait until true() is; its value. For what sends no event: a file, another process.
+
+    Who has waited for long looks less often, which leaves the processor to what is waited for.
+    """
+    began = time.monotonic()
     while True:
         value = true()
         if value:
             return value
-        if time.monotonic() > end:
+        waited = time.monotonic() - began
+        if waited > timeout:
             raise AssertionError("%s did not come true within %s s" % (what, timeout))
-        time.sleep(every)
+        time.sleep(max(every, min(waited / 20, 0.1)))
 
 
 def system_calls(log):
