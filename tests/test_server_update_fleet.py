@@ -54,6 +54,9 @@ def odd_status(request):
 
 
 NO_ID = "its answer has no update id: nothing more is known"
+# The last answer may come too late on a busy machine: a time that is over is told by it.
+CUT = "no outcome within 10 s; (connected, but )?no whole answer in time"
+NO_SENSE = "(.*took the signal, but its status makes no sense|%s)" % CUT
 FLEET = [  # kind, outcome, what the message says
     (updates(), "live", ""),
     (updates(0.7), "live", ""),
@@ -93,7 +96,7 @@ FLEET = [  # kind, outcome, what the message says
     (
         raw(CHUNKED + b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY)),
         "(failed|timeout)",
-        ".*took the signal, but its status makes no sense",
+        NO_SENSE,
     ),
     (raw(CHUNKED + b"-1\r\n" + b"x" * BIG_BODY_BYTES), "unreachable", "does not answer in HTTP"),
     (drip(http("202 Accepted", BODY), 5.0), "unreachable", "connected, but no whole answer.*"),
@@ -112,9 +115,9 @@ FLEET = [  # kind, outcome, what the message says
     (raw(b"SSH-2.0-OpenSSH_9.2\r\n"), "unreachable", "does not answer in HTTP"),
     (restarting, "live", ""),
     (updates(1000), "timeout", "no outcome within 10 s(; connected, but no whole answer.*)?"),
-    (forgetful, "(failed|timeout)", ".*no such update .HTTP 404."),
-    (odd_status, "(failed|timeout)", ".*took the signal, but its status makes no sense"),
-    (hold, "timeout", "no outcome within 10 s; connected, but no whole answer in time"),
+    (forgetful, "(failed|timeout)", "(.*no such update .HTTP 404.|%s)" % CUT),
+    (odd_status, "(failed|timeout)", NO_SENSE),
+    (hold, "timeout", CUT),
     (raw(http("200 OK", "updating hanuman\n", "text/plain")), "signalled", NO_ID),
     (raw(b"HTTP/1.0 200 OK\r\n\r\nupdating hanuman"), "signalled", NO_ID),
     (raw(b"HTTP/1.0 200 OK\n\nupdating hanuman"), "signalled", NO_ID),
