@@ -121,7 +121,8 @@ def finish(process, timeout):
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         ps = ["ps", "-ww", "-o", "pid,ppid,stat,wchan:32,args", "--sid", str(process.pid)]
-        running = subprocess.run(ps, stdout=subprocess.PIPE, check=False).stdout.decode()
+        listing = subprocess.run(ps, stdout=subprocess.PIPE, check=False).stdout
+        running = listing.decode("utf-8", "replace")
         os.killpg(process.pid, signal.SIGKILL)
         out, err = process.communicate()
         raise AssertionError("not ended after %s s:\n%s%r" % (timeout, running, err)) from None

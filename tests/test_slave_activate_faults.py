@@ -198,7 +198,7 @@ def test_term_while_it_waits_for_the_lock(activate, upstream):
     wait_until(marker.exists)
     for shell in ("dash", "busybox ash", "bash"):
         second = activate.start("r", prefix=shell.split())
-        wait_until(lambda pid=second.pid: "flock" in commands(descendants(pid)))
+        wait_until(lambda pid=second.pid: b"flock" in commands(descendants(pid)))
         below = descendants(second.pid)
         second.terminate()
         result = finish(second, timeout=300)
@@ -209,15 +209,15 @@ def test_term_while_it_waits_for_the_lock(activate, upstream):
 
 
 def commands(pids):
-    """The command lines of processes, as one text."""
+    """The command lines of processes, one a line."""
     found = []
     for pid in pids:
         try:
-            with open("/proc/%d/cmdline" % pid) as handle:
+            with open("/proc/%d/cmdline" % pid, "rb") as handle:  # one has a byte of no text
                 found.append(handle.read())
         except OSError:
             pass
-    return "\n".join(found)
+    return b"\n".join(found)
 
 
 @pytest.mark.parametrize("shell", SHELLS)
@@ -489,7 +489,7 @@ def find_publisher(process):
     """The number of the Python that a run has started beside its clone, once it is there."""
 
     def find():
-        return [pid for pid in descendants(process.pid) if "RENAME_EXCHANGE" in commands([pid])]
+        return [pid for pid in descendants(process.pid) if b"RENAME_EXCHANGE" in commands([pid])]
 
     return wait_until(find)[0]
 
