@@ -36,15 +36,20 @@ echo "$1 $commit -"
 """
 
 
-def keep_port():
-    """(what to keep, port): a port of 127.0.0.1 where a slave can listen, once and again.
+def keep_port(address):
+    """(what to keep, port): a port of that BIND where a slave can listen, once and again.
 
     While it is kept the kernel gives it to no connection that comes from here: after a stop,
-    another test's would hold it."""
-    kept = socket.socket()
+    another test's would hold it. A port that is free on one address is not on all: another test's
+    connection to 127.0.0.7 may have ended there just now."""
+    everywhere = "::" if os.path.exists("/proc/net/if_inet6") else "0.0.0.0"
+    address = str(address) or everywhere
+    kept = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+    if kept.family == socket.AF_INET6:
+        kept.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
     # Bound only: who listens there may have it, too.
     kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    kept.bind(("127.0.0.1", 0))
+    kept.bind((address, 0))
     return kept, kept.getsockname()[1]
 
 
@@ -66,10 +71,9 @@ class Slave:
         self.home.mkdir()
         self.hooks.mkdir()
         self.conf, self.log_file = folder / "slave.conf", folder / "log"
-        self.kept, port = keep_port()
-        self.settings = dict(
-            {"PORT": port, "BIND": "127.0.0.1", "HOOKS_DIR": self.hooks}, **settings
-        )
+        self.settings = dict({"BIND": "127.0.0.1", "HOOKS_DIR": self.hooks}, **settings)
+        self.kept, port = keep_port(self.settings["BIND"])
+        self.settings.setdefault("PORT", port)
         self.repos = Path(self.settings.get("REPOS_DIR") or self.home / "repos")
         self.state = self.repos / ".server-update"
         self.process = self.port = None
