@@ -90,6 +90,16 @@ def updates(delay_s=0.0, **fields):
     return kind
 
 
+def after(delay_s, kind):
+    """A kind that answers as another, but later."""
+
+    def later(request):
+        answer = kind(request)
+        return Answer(tuple((when + delay_s, data) for when, data in answer.parts), answer.ends)
+
+    return later
+
+
 def raw(data, ends="close"):
     """A kind that answers the signal with these bytes."""
     return lambda request: Answer(((0.0, data),), ends)
@@ -246,6 +256,7 @@ class Farm:
         request = Request(slave, path, headers, counter[slave], self.begun.get(slave, now))
         self.requests.append(request)
         answer = self.kinds[slave](request)
+        now = time.monotonic()  # nothing is told before its time
         self.open[sock] = {
             "slave": slave,
             "parts": [(now + after, data) for after, data in answer.parts],

@@ -11,7 +11,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from farm import at_once, error, http, updates
+from farm import after, at_once, error, http, updates
 from product import PYTHON, ROOT, need
 from slave_support import make_secret, signature, stand_in
 
@@ -231,6 +231,17 @@ def test_a_slave_that_starts_for_ever_has_failed_by_the_timeout(farm, update):
     assert done.results[entry]["message"] == message
     assert farm.signals[entry.split(":")[0]] >= 2
     assert farm.signals[busy.split(":")[0]] == 1
+
+
+def test_what_comes_too_late_for_the_timeout_takes_back_nothing(farm, update):
+    """The last question is asked just before that; what the slave has said before holds."""
+    starting = farm.add(after(0.5, late(1000, updates())))
+    running = farm.add(after(0.5, updates(1000)))
+    done = update([starting, running], "--json", "--parallel=2", "--timeout=5")
+    assert done.outcomes == {starting: "failed", running: "timeout"}
+    message = "this slave has just started: signed too early (HTTP 503)"
+    assert done.results[starting]["message"] == message
+    assert done.results[running]["message"] == "no outcome within 5 s"
 
 
 def test_a_master_whose_clock_is_behind_waits_for_a_slave_that_has_restarted(
