@@ -269,12 +269,12 @@ class Site:
             folder = self.machines[name].path("/root/.ssh")
             folder.mkdir(mode=0o700, exist_ok=True)
             (folder / "authorized_keys").write_text(key)
-        known = self.master.check("ssh-keyscan", "-t", "ed25519", *WEBS)
+        known = self.master.check("ssh-keyscan", "-T", "60", "-t", "ed25519", *WEBS)
         lines = [line for line in known.splitlines() if line.startswith("web")]
         assert len(lines) == len(WEBS), known
         self.master.path("/root/.ssh/known_hosts").write_text("\n".join(lines) + "\n")
 
-    def run(self, name, text, timeout=120, **kwargs):
+    def run(self, name, text, timeout=300, **kwargs):
         """What a user types on a machine; what it said."""
         return self.machines[name].check(
             "sh", "-ec", text, env=self.env, cwd=CHECKOUT, timeout=timeout, **kwargs
@@ -657,7 +657,7 @@ def test_a_hook_that_became_another_user_can_be_stopped(booted):
     hook.chmod(0o755)
     booted.check("./install.sh", "slave", "--base-url", "/srv/up", cwd=CHECKOUT)
     with booted.path("/etc/server-update/slave.conf").open("a") as conf:
-        conf.write("TIMEOUT=3\n")
+        conf.write("TIMEOUT=20\n")  # it is to be live before
     booted.check("systemctl", "restart", SERVICE)
     booted.check("./install.sh", "master", "127.0.0.1", cwd=CHECKOUT)
     out = booted.run("server-update", "hanuman").stdout
@@ -754,7 +754,7 @@ cd /home/alice
 mkdir -m 700 .ssh
 ssh-keygen -q -t ed25519 -N '' -f .ssh/id_ed25519
 cp .ssh/id_ed25519.pub .ssh/authorized_keys
-ssh-keyscan -t ed25519 127.0.0.1 >.ssh/known_hosts 2>/dev/null
+ssh-keyscan -T 60 -t ed25519 127.0.0.1 >.ssh/known_hosts 2>/dev/null
 openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=127.0.0.1 \
   -addext subjectAltName=IP:127.0.0.1 -keyout key.pem -out cert.pem 2>/dev/null
 git config -f .gitconfig http.sslCAInfo /home/alice/cert.pem
@@ -768,7 +768,7 @@ def test_a_deploy_key(booted):
     upstream = make_upstream(booted, "alice")
     booted.path("/etc/hosts").write_text("127.0.0.1 localhost git.example.org\n")
     booted.check("useradd", "-m", "deploy")
-    text = find_block("recipes.md", "ssh-keygen")
+    text = find_block("recipes.md", "ssh-keygen").replace("ssh-keyscan ", "ssh-keyscan -T 60 ")
     out = booted.check("su", "-s", "/bin/sh", "deploy", "-c", "set -e\n" + text)
     key = re.search("(?m)^ssh-ed25519 .*$", out).group()
     booted.path("/home/alice/.ssh").mkdir(mode=0o700)

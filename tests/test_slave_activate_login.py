@@ -7,8 +7,8 @@ from shutil import which
 from urllib.parse import quote
 
 import pytest
-from activate_support import Activate, git
-from processes import ProcessList
+from activate_support import Activate, finish, git
+from processes import ProcessList, wait_until
 from product import SHELLS, daily, need
 from upstream import run_git
 
@@ -120,7 +120,7 @@ def test_no_program_has_it_in_its_arguments(activate, tmp_path):
 FAULTS = [
     (None, "Authentication failed for "),
     ("403", "error: 403; give "),
-    ("hang", "TIMEOUT (3 s) is over; upstream is slow"),
+    ("hang", "TIMEOUT (60 s) is over; upstream is slow"),
     ("401", "Authentication failed for "),
     ("404", "not found; see BASE_URL"),
     ("503", "error: 503; upstream is in trouble"),
@@ -130,14 +130,17 @@ FAULTS = [
 
 @pytest.mark.parametrize("fault, words", daily(3, FAULTS))
 def test_a_failure_says_what_it_said_and_tells_nothing(
-    activate, http_upstream, processes, fault, words
+    activate, http_upstream, processes, tmp_path, fault, words
 ):
     http_upstream.fault = fault
     if fault is None:
         http_upstream.login = "another:login"
     if fault == "hang":
-        activate.settings["TIMEOUT"] = "3"
-    result = activate("r")
+        activate.make_late_by(tmp_path / "late")
+    process = activate.start("r")
+    wait_until(lambda: http_upstream.requests)
+    (tmp_path / "late").touch()
+    result = finish(process, 300)
     assert (result.status, activate.leftovers()) == (1, []), result
     assert words in result.last
     assert_untold(activate, result, processes.stop())

@@ -232,16 +232,16 @@ def test_what_is_in_no_ref_any_more_stays_for_fetches_that_have_begun(mirror, up
     assert mirror.git("cat-file", "-t", first) == "commit", "it is not yet 15 minutes"
 
 
-def later(activate, seconds):
-    """From now on the script's python3 has a clock that is ahead."""
-    folder = activate.bin / "later"
-    folder.mkdir()
+def stop_clock(activate, now):
+    """From now on the clock of the script's python3 stands at that time."""
+    folder = activate.bin / "clock"
+    folder.mkdir(exist_ok=True)
     (folder / "python3").write_text(
         "#!%s\nimport os, sys\n"
         "python = %r\n"
-        "argv = [one.replace('time.time()', '(time.time() + %d)') for one in sys.argv[1:]]\n"
+        "argv = [one.replace('time.time()', '%f') for one in sys.argv[1:]]\n"
         "os.execv(python, [python] + argv)\n"
-        % (shutil.which("python3"), shutil.which("python3"), seconds)
+        % (shutil.which("python3"), shutil.which("python3"), now)
     )
     (folder / "python3").chmod(0o755)
     activate.path = "%s:%s" % (folder, os.environ["PATH"])
@@ -251,14 +251,15 @@ def test_it_goes_after_15_minutes(mirror, upstream):
     repo = upstream.create("r")
     first = repo.head()
     mirror.update()
+    packs = list((mirror.path / "objects" / "pack").iterdir())
     force_push(repo)
     (mirror.activate.live() / ".git" / "server-update").unlink()
     mirror.update()
-    later(mirror.activate, 890)
+    newest = max(path.stat().st_ctime for path in packs)
+    stop_clock(mirror.activate, newest + 890)
     mirror.update()
     assert mirror.git("cat-file", "-t", first) == "commit"
-    shutil.rmtree(str(mirror.activate.bin / "later"))
-    later(mirror.activate, 910)
+    stop_clock(mirror.activate, newest + 910)
     mirror.update()
     assert mirror.git("cat-file", "-t", first, check=False) == ""
 
@@ -495,16 +496,17 @@ def test_on_a_full_disk_the_old_mirror_stays(mirror, upstream, small_disk):
     assert run_git("--git-dir", disk, "fsck", "--full", "--no-dangling") == ""
 
 
-def test_timeout_ends_it(mirror, upstream):
+def test_timeout_ends_it(mirror, upstream, tmp_path):
     repo = upstream.create("r")
+    late = tmp_path / "late"
     mirror.break_script(
         "def update(source, mirror, refs, head):\n",
-        "def update(source, mirror, refs, head):\n    time.sleep(600)\n",
+        'def update(source, mirror, refs, head):\n    open("%s", "w"); time.sleep(600)\n' % late,
     )
-    mirror.activate.settings["TIMEOUT"] = "3"
+    mirror.activate.make_late_by(late)
     result = mirror.activate("r")
     assert (result.status, mirror.activate.head()) == (3, repo.head())
-    assert result.last.endswith("brought up to date: TIMEOUT (3 s) is over")
+    assert result.last.endswith("brought up to date: TIMEOUT (60 s) is over")
 
 
 def test_a_term_ends_it(mirror, upstream, tmp_path):

@@ -23,18 +23,24 @@ def read(name, folder):
     with open(name, opener=lambda path, flags: os.open(path, flags, dir_fd=folder)) as file:
         return file.read()
 
+def which(folder):
+    return folder.st_ino, folder.st_ctime_ns
+
 live, stop = sys.argv[1:]
 os.nice(10)  # looks whenever there is nothing else to do, and keeps nobody from it
 seen = dict(rounds=0, missing=0, mixed=0, not_folder=0, gone=0)
 while not os.path.exists(stop):
     seen["rounds"] += 1
-    seen["not_folder"] += not stat.S_ISDIR(os.lstat(live).st_mode)
+    before = os.lstat(live)
+    seen["not_folder"] += not stat.S_ISDIR(before.st_mode)
     try:
         for name in ("a", "deep/er/b"):
             with open(os.path.join(live, name)) as file:
                 file.read()
     except FileNotFoundError:
-        seen["missing"] += 1
+        # The kernel may be on its way through the old tree while that goes and is removed.
+        is_old = which(os.lstat(live)) != which(before)
+        seen["gone" if is_old else "missing"] += 1
     try:
         folder = os.open(live, os.O_RDONLY | os.O_DIRECTORY)
     except FileNotFoundError:

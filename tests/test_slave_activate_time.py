@@ -21,28 +21,11 @@ def activate(activate, repo):
     return activate
 
 
-# What keeps the time sleeps for some seconds, over and over; here until a file is there.
-SLEEP = """#!/bin/sh
-case $1 in
-[1-9]) until [ -e "%s" ]; do "%s" 0.02; done ;;
-*) exec "%s" "$@" ;;
-esac
-"""
-
-
 @pytest.fixture
 def late(activate, tmp_path):
-    """The same, whose TIMEOUT of a minute is over once there is a file, `late.now`.
-
-    What keeps its time goes on at once then. So it does not matter how long a busy machine takes.
-    """
-    activate.settings["TIMEOUT"] = "60"
+    """The same, whose TIMEOUT of a minute is over once there is a file, `late.now`."""
     activate.now = tmp_path / "late"
-    fake, real = tmp_path / "clock", shutil.which("sleep")
-    fake.mkdir()
-    (fake / "sleep").write_text(SLEEP % (activate.now, real, real))
-    (fake / "sleep").chmod(0o755)
-    activate.path = "%s:%s" % (fake, os.environ["PATH"])
+    activate.make_late_by(activate.now)
     return activate
 
 
@@ -151,23 +134,26 @@ def is_running(pid):
 
 
 @pytest.mark.parametrize("shell", SHELLS)
-def test_who_has_the_lock_is_told(activate, shell):
-    marker = activate.bin / "in-hook"
-    activate.hook("pre-update", "touch %s; sleep 1000\n" % marker)
-    holder = activate.start("r", env={"SERVER_UPDATE_TIMEOUT": "100"})
+def test_who_has_the_lock_is_told(late, shell):
+    marker = late.bin / "in-hook"
+    late.hook("pre-update", "touch %s; sleep 1000\n" % marker)
+    holder = late.start("r", env={"PATH": os.environ["PATH"]})  # and a minute of the true time
     wait_until(marker.exists)
-    result = activate("r", prefix=shell.split())
+    process = late.start("r", prefix=shell.split())
+    told = [process.stderr.readline().decode() for _ in range(2)]
+    late.now.touch()
+    result = finish(process, 60)
     holder.terminate()
     assert finish(holder, 60).status == 1
-    lock = activate.state / "r.lock"
+    lock = late.state / "r.lock"
     since = r"since \d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
     assert (result.status, result.out) == (1, "")
     assert re.fullmatch(
-        r"slave-activate: TIMEOUT \(4 s\) is over; waited for the lock '%s', process %d has it %s"
+        r"slave-activate: TIMEOUT \(60 s\) is over; waited for the lock '%s', process %d has it %s"
         % (re.escape(str(lock)), holder.pid, since),
         result.last,
     ), result
-    assert "slave-activate: process %d has it since" % holder.pid in result.err.split("\n")[1]
+    assert "slave-activate: process %d has it since" % holder.pid in told[1]
 
 
 def test_a_timeout_before_it_waits_for_the_lock(activate):
@@ -190,10 +176,13 @@ def test_a_timeout_before_it_waits_for_the_lock(activate):
 def test_a_timeout_that_is_lost_just_before_a_hook_begins(activate, name, status):
     """There is no process yet that a trap could end."""
     text = activate.script.read_text()
-    activate.script.write_text(text.replace("    kill -ALRM $$\n", "    :\n"))
-    assert activate.script.read_text() != text
+    text = text.replace("    kill -ALRM $$\n", "    :\n")
+    # So soon for the hook alone: until it begins there is a minute.
+    soon = text.replace('$hook_program" $$ "$deadline"', '$hook_program" $$ "$((deadline - 52))"')
+    assert activate.script.read_text() != text != soon
+    activate.script.write_text(soon)
     activate.hook(name, "sleep 1000\n")
-    result = activate("r", env={"SERVER_UPDATE_TIMEOUT": "8"})
+    result = activate("r", env={"SERVER_UPDATE_TIMEOUT": "60"})
     assert result.status == status, result
     assert result.last.endswith("%s hook failed (143): TIMEOUT is over" % name), result
 
@@ -226,7 +215,7 @@ def test_a_kill_leaves_the_lock_free(activate):
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     hook.unlink()
-    assert activate.good("r")
+    assert activate.good("r", env={"SERVER_UPDATE_TIMEOUT": "100"})
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "1.5", "x", "1000000", "060"])
