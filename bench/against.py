@@ -231,7 +231,7 @@ class Bench:
         run = clients.Clients(slave.port, slave.path, CONNECTIONS)
         before = cpu_seconds(slave.process.pid)
         took = run.run(seconds=QUICK_LOAD_S if self.quick else LOAD_S)
-        used = cpu_seconds(slave.process.pid) - before
+        used = max(cpu_seconds(slave.process.pid) - before, 1 / TICKS_PER_S)
         number = len(run.latencies)
         return {"rate": number / took, "cpu": used / number}
 

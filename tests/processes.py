@@ -8,14 +8,17 @@ import time
 from pathlib import Path
 from signal import SIGKILL
 
+LISTENS = "0A"  # in /proc/net/tcp
 LATEST_S = 120  # by then what is waited for has happened also on a busy machine
 
 
-def wait_until(true, timeout=LATEST_S, every=0.01, what="it"):
+def wait_until(true, timeout=None, every=0.01, what="it"):
     """Wait until true() is; its value. For what sends no event: a file, another process.
 
+    For LATEST_S at most, or `timeout`.
     Who has waited for long looks less often, which leaves the processor to what is waited for.
     """
+    timeout = timeout or LATEST_S
     began = time.monotonic()
     while True:
         value = true()
@@ -104,6 +107,23 @@ def threads_of(pid):
     return len(os.listdir("/proc/%d/task" % pid))
 
 
+def sockets_of(pid):
+    """The sockets that a process holds, listening ones aside: (local, remote, state) in hex."""
+    inodes = set()
+    for name in os.listdir("/proc/%d/fd" % pid):
+        try:
+            link = os.readlink("/proc/%d/fd/%s" % (pid, name))
+        except OSError:
+            continue  # closed meanwhile
+        inodes.add(link[len("socket:[") : -1] if link.startswith("socket:") else None)
+    found = []
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with open(table) as lines:
+            rows = [line.split() for line in lines]
+        found += [tuple(row[1:4]) for row in rows[1:] if row[9] in inodes and row[3] != LISTENS]
+    return found
+
+
 def cpu_s(pid):
     """The processor's time that a process has used, ended or not, until it is reaped."""
     with open("/proc/%d/stat" % pid) as stat:
@@ -154,9 +174,9 @@ class ProcessList(threading.Thread):
             self.look()
 
     def look(self):
-        for path in Path("/proc").glob("[0-9]*/cmdline"):
+        for name in filter(str.isdigit, os.listdir("/proc")):
             try:
-                self.seen.add(path.read_bytes())
+                self.seen.add(Path("/proc", name, "cmdline").read_bytes())
             except OSError:  # it has ended
                 continue
 

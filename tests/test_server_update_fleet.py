@@ -236,7 +236,7 @@ def test_many_slaves_are_asked_in_turn(farm, update):
     entries = [farm.add(updates(0.3)) for _ in range(40)]
     done = update(entries, "--json", "--parallel", "8")
     assert done.outcomes == dict.fromkeys(entries, "live")
-    assert farm.most_open <= 16
+    assert farm.most_open <= 24, "three times as many where some stall"
     assert sum(farm.signals.values()) == 40
     waits = ["wait=" in request.path for request in farm.requests if "/status" in request.path]
     assert not waits[0] and waits.count(True) <= 8

@@ -35,7 +35,7 @@ CHECKS = {  # name: what the slaves do, options, what must be in the output or n
     "canary": ([known(hook=1), GOOD], ["--batch=1"], ["1 not started of 2"], 1),
     "beneath": ([known(beneath={"live": 1, "failed": 1})], [], ["  beneath failed  "], 1),
     "no id": ([raw(http("200 OK", "It works!", "text/html"))], [], ["  signalled  "], 1),
-    "timeout": ([updates(1000)], ["--timeout=1"], ["  timeout  "], 1),
+    "timeout": ([updates(1000)], ["--timeout=4"], ["  timeout  "], 1),
     "refused": ([error("403 No"), GOOD], [], ["1 live, 1 refused of 2"], 1),
     "pin": ([known(pin=None)], ["--commit", COMMIT], ["a newer update put 1d5d931 live"], 1),
     "too old": ([updates()], ["--commit", COMMIT], ["too old for --commit"], 1),

@@ -38,7 +38,7 @@ def test_a_dripped_answer_does_not_outlive_its_time(farm, start_update):
     slow = farm.add(drip(b"HTTP/1.1 202 Accepted\r\n" + b"X: y\r\n" * 1000, 0.05))
     is_seen = threading.Event()
     last = farm.add(updates_when(is_seen.is_set))
-    options = ["--json", "--timeout", "4", "--batch", "1", "--max-fail", "9"]
+    options = ["--json", "--timeout", "10", "--batch", "1", "--max-fail", "9"]
     running = start_update([slow, last], *options)
     wait_until(lambda: farm.signals[last.split(":")[0]], what="the other signal")
     slow_address = slow.split(":")[0]
@@ -49,7 +49,7 @@ def test_a_dripped_answer_does_not_outlive_its_time(farm, start_update):
 
 @pytest.mark.parametrize(
     ("lives", "mutes", "timeout_s", "options"),
-    [(1, 3, 5, ["--parallel=1"]), pytest.param(20, 600, 8, [], marks=pytest.mark.slow)],
+    [(1, 3, 10, ["--parallel=1"]), pytest.param(20, 600, 8, [], marks=pytest.mark.slow)],
 )
 def test_mute_slaves_keep_nobody_from_being_asked(farm, update, lives, mutes, timeout_s, options):
     """Outcomes are asked for before further signals are sent, and have threads of their own."""
@@ -70,10 +70,10 @@ def test_slaves_mute_after_the_signal_keep_nobody_from_being_signalled(farm, upd
         is_poll = request.path.startswith("/status")
         return hold(request) if is_poll else accepted_after(0.2)
 
-    mutes = [farm.add(later_mute) for _ in range(16)]
+    mutes = [farm.add(later_mute) for _ in range(12)]
     live = [farm.add(updates()) for _ in range(8)]
     done = update(mutes + live, "--json", "--parallel=2", "--timeout=60")
-    assert done.summary["outcomes"] == {"live": 8, "timeout": 16}
+    assert done.summary["outcomes"] == {"live": 8, "timeout": 12}
     begun = {entry: farm.begun[entry.partition(":")[0]] for entry in mutes + live}
     assert max(begun.values()) - min(begun.values()) < 60  # before any poll was given up
 
@@ -89,13 +89,14 @@ def test_no_more_in_flight_than_parallel_where_some_stall(
     assert run_in_process(server_update, monkeypatch, entries, *options) == 0
     assert "hanuman: 16 signalled of 16" in capsys.readouterr().out
     times = sorted(farm.begun[entry.partition(":")[0]] for entry in entries)
-    assert max(sum(time < other < time + 2 for other in times) for time in times) < 4
+    assert max(sum(time < other < time + 1 for other in times) for time in times) < 4
 
 
 def test_a_short_timeout_is_no_reason_not_to_ask(server_update, monkeypatch, farm, capsys):
-    """So many slaves that each would be asked every 10 s are asked before their time is up."""
-    monkeypatch.setattr(server_update, "MAX_POLLS_PER_S", 1)
-    entries, options = [farm.add(updates(0.2)) for _ in range(10)], ["--timeout=8", "--parallel=8"]
+    """So many slaves that each would be asked every 50 s are asked before their time is up."""
+    monkeypatch.setattr(server_update, "MAX_POLLS_PER_S", 0.2)
+    entries = [farm.add(updates(0.2)) for _ in range(10)]
+    options = ["--timeout=16", "--parallel=8"]
     assert run_in_process(server_update, monkeypatch, entries, *options) == 0
     assert "hanuman: 10 live of 10" in capsys.readouterr().out
 

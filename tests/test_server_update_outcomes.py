@@ -20,7 +20,7 @@ KINDS = {  # an outcome: what the slave does, and the options
     "failed": (updates(state="failed"), []),
     "refused": (error("403 No"), []),
     "unreachable": (raw(b"", "reset"), ["--retries=0"]),
-    "timeout": (updates(1000), ["--timeout=1"]),
+    "timeout": (updates(1000), ["--timeout=4"]),
 }
 STOPPED = ("interrupted", "not started")
 

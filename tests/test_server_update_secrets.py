@@ -121,7 +121,9 @@ def test_nothing_tells_a_key_or_a_password(fleet, http_upstream, start_update, t
     processes = ProcessList()
     http_upstream.before_request = lambda requests: processes.look()
     told = roll_out(fleet, start_update, tmp_path)
-    told["processes"] = processes.stop()
+    # None of these runs curl; a test that runs beside this one may.
+    seen = [one for one in processes.stop().split("\n") if not one.startswith("curl\0")]
+    told["processes"] = "\n".join(seen)
     assert "remote-http\0" in told["processes"]
     ended = ["live", "hook failed", "beneath failed", "failed", "not let in", "not found"]
     for name in ended:

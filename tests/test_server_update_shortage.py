@@ -71,7 +71,7 @@ def test_mute_slaves_and_few_threads(server_update, monkeypatch, farm, capsys):
 
     monkeypatch.setattr(threading.Thread, "start", few)
     entries = [entry for pair in zip(mutes, live) for entry in pair]
-    assert run_in_process(server_update, monkeypatch, entries, "--timeout=4", "--json") == 1
+    assert run_in_process(server_update, monkeypatch, entries, "--timeout=10", "--json") == 1
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     outcomes = {line["slave"]: line["outcome"] for line in lines if line["type"] == "result"}
     assert outcomes == dict(dict.fromkeys(live, "live"), **dict.fromkeys(mutes, "unreachable"))

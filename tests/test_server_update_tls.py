@@ -4,7 +4,7 @@ import re
 import socket
 
 import pytest
-from processes import wait_until
+from processes import sockets_of, wait_until
 
 SECRET, NEXT_SECRET = "correct horse battery staple", "a new secret of enough bytes"
 
@@ -113,7 +113,9 @@ def test_the_secret_changes_while_a_fleet_is_being_updated(
     signed = ("--secret-file", str(on_master))
     rollout = start_update(entries, "--json", "--batch", "2", *signed)
     trees = [slave.state / "hanuman.new" for slave in slaves]
-    wait_until(lambda: all((tree / "started").exists() for tree in trees[:2]), 30, what="hooks")
+    wait_until(lambda: all((tree / "started").exists() for tree in trees[:2]), what="hooks")
+    # Each holds back its answer to what the rollout asked with the old one.
+    wait_until(lambda: all(sockets_of(slave.process.pid) for slave in slaves[:2]), what="polls")
     for path in on_slaves:
         path.write_text("".join(one + "\n" for one in [SECRET] * kept + [NEXT_SECRET]))
     on_master.write_text(NEXT_SECRET + "\n")

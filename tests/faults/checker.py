@@ -1,5 +1,4 @@
 """Checks the fleet from outside: by HTTP, git, /proc and the hooks' journal; no product code."""
-import contextlib
 import fcntl
 import os
 import subprocess
@@ -7,13 +6,12 @@ import threading
 import time
 
 from fleet import REPO
-from processes import processes_below, wait_until
+from processes import processes_below, sockets_of, wait_until
 
 ENDED = ("live", "failed")
 STATE_FILES = {REPO + ".json", REPO + ".lock", "relay-id", "signed"}
 TRASH = "trash"  # has what could not be removed, until it can be
-LISTENS = "0A"  # in /proc/net/tcp
-CALM_S = 30  # the time in which everything under way has ended once the faults are over
+CALM_S = 60  # the time in which everything under way has ended once the faults are over
 
 
 class Violation(AssertionError):
@@ -152,21 +150,6 @@ def check_volume(slave):
     names = os.listdir(str(slave.volume))
     if names != ["precious"] or not (slave.volume / "precious").read_text():
         yield "the volume in the tree is no longer as it was: %s" % names
-
-
-def sockets_of(pid):
-    """The sockets that a process holds, listening ones aside: (local, remote, state) in hex."""
-    inodes = set()
-    for name in os.listdir("/proc/%d/fd" % pid):
-        with contextlib.suppress(OSError):  # closed meanwhile
-            link = os.readlink("/proc/%d/fd/%s" % (pid, name))
-            inodes.add(link[len("socket:["):-1] if link.startswith("socket:") else None)
-    found = []
-    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        with open(table) as lines:
-            rows = [line.split() for line in lines]
-        found += [tuple(row[1:4]) for row in rows[1:] if row[9] in inodes and row[3] != LISTENS]
-    return found
 
 
 def check_master(fleet, master, status):

@@ -101,8 +101,8 @@ class Proxy:
         slave_reader, slave_writer = await asyncio.open_connection("127.0.0.1", self.slave_port)
         gone = asyncio.ensure_future(reader.read(1)) if writer else None
         try:
-            slave_writer.write(request)
             asked, answer = time.time(), b""
+            slave_writer.write(request)
             while True:
                 chunk = asyncio.ensure_future(slave_reader.read(65536))
                 either = [chunk, gone] if gone else [chunk]

@@ -27,8 +27,8 @@ EVENTS = 12  # beside the pushes
 PUSHES = 8
 NEXT_RUN_S = 2
 SPREAD_S = 4
-LOW_OPTIONS = "--timeout 5 --connect-timeout 1 --retries 1"
-TOP_OPTIONS = "--timeout 12 --connect-timeout 1 --retries 1"
+LOW_OPTIONS = "--timeout 12 --connect-timeout 1 --retries 1"
+TOP_OPTIONS = "--timeout 25 --connect-timeout 1 --retries 1"
 
 
 def announce(fleet, commit):

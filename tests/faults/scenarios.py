@@ -147,7 +147,7 @@ def accepted_is_on_disk_before_the_answer(place):
     tracer.stderr.readline()  # attached
     slave.signal("site")
     tracer.terminate()
-    tracer.wait(10)
+    tracer.wait(300)
     tracer.stderr.close()
     text = system_calls(trace)
     before = text[:text.index("HTTP/1.1 202")]
@@ -167,7 +167,7 @@ def a_clone_is_on_disk_before_it_goes_live(place):
     trace = place.folder / "trace"
     calls = "trace=syncfs,sync,renameat2,rename,fsync"
     process = place.start_activate(before=["strace", "-f", "-y", "-o", str(trace), "-e", calls])
-    assert process.wait(60) == 0
+    assert process.wait(300) == 0
     process.stdout.close()
     text = system_calls(trace)
     exchange = text.find("RENAME_EXCHANGE")
@@ -459,7 +459,7 @@ def a_replaced_update_is_no_success(place):
     wait_until(lambda: slave.json("/status?repo=site")["state"] == "queued")
     slave.signal("site", "side")
     place.http.fault = None
-    waiting.join(40)
+    waiting.join(300)
     assert answers[0][0] == 1, answers
 
 
@@ -477,7 +477,7 @@ def a_restart_between_signal_and_outcome_is_seen_through(place):
     time.sleep(0.5)  # a poll must meet nobody
     place.http.fault = None
     slave.start()
-    waiting.join(40)
+    waiting.join(300)
     status, output = answers[0]
     assert status == 0, output
     assert json.loads(output.splitlines()[1])["commit"] == place.repo.head()
@@ -524,7 +524,7 @@ class Forge:
         def ended():
             record = self.record(self.relay)
             return record if record and record["state"] in ("live", "failed") else None
-        return wait_until(ended, 60, what="the end of the relay's update")
+        return wait_until(ended, what="the end of the relay's update")
 
 
 def hook_key(repo, ref=""):
