@@ -82,7 +82,7 @@ def set_constants(script, constants):
         return
     text = script.read_text(encoding="utf-8")
     for name, value in constants.items():
-        text, count = re.subn("(?m)^%s = [^ #]+" % name, "%s = %r" % (name, value), text)
+        text, count = re.subn("(?m)^%s = [^ #\n]+" % name, "%s = %r" % (name, value), text)
         assert count == 1, name
     script.write_text(text, encoding="utf-8")
 

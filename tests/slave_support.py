@@ -20,7 +20,10 @@ START_TIMEOUT_S = 300
 THREADS = 3  # of a slave that has nothing to do: who accepts, who writes, who tells somebody
 SECRET = "a secret that nobody knows"
 # For start_slave(constants=...): how soon a run that takes too long gets TERM, then KILL.
-SOON_ENDED = {"BACKSTOP_S": 1, "KILL_AFTER_S": 1}
+# Not at once: what the run has to do before that is to be done on a busy machine, too.
+SOON_ENDED = {"BACKSTOP_S": 4, "KILL_AFTER_S": 2}
+# For start_slave(constants=...): polls that are held for longer than a busy machine stands still.
+LONG_POLLS = {"MAX_WAIT_S": 250, "ANSWER_TIMEOUT_S": 280}
 ONE = "1" * 40  # the commit that a stand-in puts live where upstream has none
 # A slave-activate that notes when it runs and makes a clone of nothing but upstream's commit.
 STAND_IN = """#!/bin/sh
@@ -145,18 +148,19 @@ class Slave:
         assert got == status, "%s: %d %r" % (path, got, body)
         return json.loads(body.decode("utf-8"))
 
-    def signal(self, repo="hanuman", ref=None):
-        """Ask for an update, which must be accepted; its id."""
-        return self.json("/?repo=%s%s" % (repo, "&ref=" + ref if ref else ""), status=202)[
-            "update"
-        ]
+    def signal(self, repo="hanuman", ref=None, secret=None):
+        """Ask for an update, signed where there is a secret; it must be accepted; its id."""
+        target = "/?repo=%s%s" % (repo, "&ref=" + ref if ref else "")
+        headers = signature(target, secret) if secret else None
+        return self.json(target, status=202, headers=headers)["update"]
 
-    def wait_update(self, repo="hanuman", update=None, timeout=300):
+    def wait_update(self, repo="hanuman", update=None, timeout=300, secret=None):
         """Signal if no update id is given; wait for its end; the record."""
-        update = self.signal(repo) if update is None else update
+        update = self.signal(repo, secret=secret) if update is None else update
+        target = "/status?repo=%s&update=%s&wait=20" % (repo, update)
         end = time.monotonic() + timeout
         while time.monotonic() < end:
-            record = self.json("/status?repo=%s&update=%s&wait=20" % (repo, update))
+            record = self.json(target, headers=signature(target, secret) if secret else None)
             if record["state"] in ("live", "failed"):
                 return record
         raise AssertionError("update %s of %s did not end: %s" % (update, repo, record))

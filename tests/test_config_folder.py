@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 from product import ISOLATED, SHELLS, SOURCES, VERSION, copy_scripts, load
-from slave_support import SECRET, make_secret, runs, signature, stand_in, start_by_hand
+from slave_support import SECRET, make_secret, runs, stand_in, start_by_hand
 
 NOBODY = 65534
 COMPLAINT = ("others than root and its user may write in '{0}'; "
@@ -50,17 +50,12 @@ def test_settings_secret_and_hooks_of_a_prefix(slave, upstream):
                for line in first)
     assert slave.get("/?repo=a")[0] == 401
     upstream.create("hanuman", {"f": "1"})
-
-    def update():
-        target = "/?repo=hanuman"
-        number = slave.json(target, status=202, headers=signature(target))["update"]
-        target = "/status?repo=hanuman&update=%d&wait=20" % number
-        return slave.json(target, headers=signature(target))
-    assert update()["state"] == "live", "there need be no folder of hooks"
+    record = slave.wait_update(secret=SECRET)
+    assert record["state"] == "live", "there need be no folder of hooks"
     hooks.mkdir()
     (hooks / "pre-update").write_text("#!/bin/sh\necho no >&2\nexit 1\n")
     (hooks / "pre-update").chmod(0o755)
-    record = update()
+    record = slave.wait_update(secret=SECRET)
     assert (record["state"], "pre-update" in record["message"]) == ("failed", True)
 
 

@@ -46,7 +46,7 @@ def test_a_signal_is_accepted_with_an_update_to_follow(start_slave, upstream, pa
     assert answer["state"] in ("queued", "running")
     assert before <= answer["update"] <= time.time() * 1000 + 1
     assert headers["Location"] == "/status?repo=hanuman&update=%d" % answer["update"]
-    record = slave.json(headers["Location"] + "&wait=30")
+    record = slave.wait_update(update=answer["update"])
     assert set(record) >= RECORD_KEYS
     assert (record["state"], record["commit"]) == ("live", repo.head())
     assert record["update"] == answer["update"]
@@ -109,7 +109,7 @@ def test_an_update_replaced_before_it_started_answers_with_the_newer_one(
     assert replaced < newest
     last = repo.commit({"x": "1"})
     http_upstream.fault = None
-    record = slave.json("/status?repo=hanuman&update=%d&wait=30" % replaced)
+    record = slave.wait_update(update=replaced)
     assert (record["update"], record["state"], record["commit"]) == (newest, "live", last)
 
 
@@ -234,7 +234,7 @@ def test_a_stopping_slave_says_503_or_is_gone(start_slave, upstream, http_upstre
     assert slave.process.wait(60) == 0
     http_upstream.fault = None
     slave.start()
-    assert slave.json("/status?repo=hanuman&update=%d&wait=30" % update)["state"] == "live"
+    assert slave.wait_update(update=update)["state"] == "live"
 
 
 @pytest.mark.parametrize("number", [SIGTERM, SIGINT])

@@ -408,7 +408,7 @@ def test_the_largest_body_is_answered_at_its_end(hooked):
 
 
 def test_twenty_of_the_largest_bodies_at_once(hooked):
-    slave = hooked()
+    slave = hooked(constants={"HEADER_TIMEOUT_S": 120, "BODY_TIMEOUT_S": 120})
     body = large(MOST)
     headers = github_headers(make_key(), body)
     assert post(slave, "/hook?repo=hanuman", body, headers)[0] == 202
@@ -546,7 +546,7 @@ def test_a_push_that_does_not_come_is_told(hooked, upstream, http_upstream):
     shorten_pauses(slave.bin, "[124]")
 
     def end_of(update):
-        wait_until(lambda: record_file(slave)["finished"], 60, what="its end")
+        wait_until(lambda: record_file(slave)["finished"], what="its end")
         record = record_file(slave)
         assert record["update"] == update
         return record

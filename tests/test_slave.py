@@ -1,6 +1,7 @@
 """slave.py in a process of its own: what it promises about updates."""
 
 import fcntl
+import http.client
 import json
 import os
 import random
@@ -16,6 +17,7 @@ import pytest
 from processes import processes_below, rss_kib, threads_of, wait_until
 from product import ISOLATED, VERSION, with_no_rights
 from slave_support import (
+    LONG_POLLS,
     ONE,
     SOON_ENDED,
     THREADS,
@@ -173,19 +175,21 @@ def test_a_thousand_signals_cost_two_runs(start_slave, upstream):
     )
     first = slave.signal()
     wait_runs(slave, 1)
+    one_commit = threading.Lock()
 
     def ask(number):
         if number % 250 == 0:
-            repo.commit({"a": str(number)})
+            with one_commit:
+                repo.commit({"a": str(number)})
         return slave.signal()
 
     with ThreadPoolExecutor(16) as pool:
         updates = list(pool.map(ask, range(BURST)))
+    updates.append(slave.signal())  # once all commits are there
     (slave.home / "go").touch()
-    assert len(set(updates)) == BURST, "each signal has an id of its own"
-    assert slave.wait_update()["commit"] == repo.head()
+    assert len(set(updates)) == BURST + 1, "each signal has an id of its own"
     outcomes = {slave.wait_update(update=update)["commit"] for update in updates[::50]}
-    last = slave.wait_update(update=max(updates))
+    last = slave.wait_update(update=updates[-1])
     assert last["commit"] == repo.head()
     assert last["state"] == "live" and outcomes
     assert slave.wait_update(update=first)["state"] == "live"
@@ -260,7 +264,7 @@ def test_too_many_queued_is_503(start_slave, upstream):
 
 def test_states_and_the_long_poll(start_slave, upstream):
     upstream.create("hanuman", files={"a": "1"})
-    slave = start_slave()
+    slave = start_slave(constants=LONG_POLLS)
     stand_in(
         slave,
         'until [ -e "$HOME/go" ]; do sleep 0.01; done; rm "$HOME/go"; date +%s.%N >"$HOME/ended"',
@@ -296,19 +300,21 @@ def test_states_and_the_long_poll(start_slave, upstream):
     assert slave.json("/status?repo=hanuman")["state"] == "queued"
     late = []
     with ThreadPoolExecutor(9) as pool:
-        polls = [pool.submit(slave.json, path + "&wait=20") for _ in range(8)]
+        polls = [pool.submit(slave.json, path + "&wait=240", timeout=300) for _ in range(8)]
         time.sleep(0.3)
         (slave.home / "go").touch()
         for poll in polls:
             record = poll.result()
             assert record["state"] == "live"
             late.append(time.time() - record["finished"])
-    assert min(late) < 15, "a long poll returns at the end, not when its time is up: %s" % late
+    assert min(late) < 60, "a long poll returns at the end, not when its time is up: %s" % late
     ended = float((slave.home / "ended").read_text())
-    assert 0 < record["finished"] - ended < 15
+    assert 0 < record["finished"] - ended < 60
+    of_second = "/status?repo=hanuman&update=%d" % second
+    wait_until(lambda: slave.json(of_second)["state"] == "running")
     began = time.monotonic()
-    assert slave.json("/status?repo=hanuman&update=%d&wait=1" % second)["state"] == "running"
-    assert 0.9 < time.monotonic() - began < 15
+    assert slave.json(of_second + "&wait=1")["state"] == "running"
+    assert 0.9 < time.monotonic() - began < 60
     (slave.home / "go").touch()
     assert slave.wait_update(update=second)["state"] == "live"
     everything = slave.json("/status")
@@ -375,7 +381,7 @@ def test_a_run_that_ignores_term_is_killed_with_its_group(start_slave, upstream)
     stand_in(slave, text=TERM_IGNORING)
     began = time.monotonic()
     record = slave.wait_update()
-    assert time.monotonic() - began > 2.5, "first slave-activate has time to end, then TERM has"
+    assert time.monotonic() - began > 6.5, "first slave-activate has time to end, then TERM has"
     assert record["message"] == "stopped as it took longer than 1 s (TIMEOUT), and had said: deaf"
     wait_until(
         lambda: processes_below(slave.home.parent) == [slave.process.pid],
@@ -463,12 +469,15 @@ def test_sigterm_stops_cleanly_and_the_next_start_resumes(start_slave, upstream)
     update = slave.signal()
     wait_until(lambda: (slave.home / "in-hook").exists())
     wait_until(lambda: threads_of(slave.process.pid) == THREADS + 1, what="idle threads to end")
-    poll = ThreadPoolExecutor(1).submit(slave.json, "/status?repo=hanuman&wait=30")
+    poll = http.client.HTTPConnection("127.0.0.1", slave.port, timeout=300)
+    poll.request("GET", "/status?repo=hanuman&wait=30")
     wait_until(lambda: threads_of(slave.process.pid) > THREADS + 1, what="the poll")
     time.sleep(0.2)
     assert slave.stop() == 0, "it does not wait for the hook's end"
-    assert poll.result()["state"] in ("running", "queued"), "who waits hears something"
-    assert processes_below(slave.home.parent) == []
+    told = json.loads(poll.getresponse().read().decode())
+    assert told["state"] in ("running", "queued"), "who waits hears something"
+    poll.close()
+    wait_until(lambda: processes_below(slave.home.parent) == [], what="the end of all")
     left = set(os.listdir(str(slave.state)))
     assert left <= {"hanuman.json", "hanuman.lock"}, "nothing half done"
     assert (record_file(slave)["state"], record_file(slave)["tries"]) == ("queued", 0)
@@ -492,9 +501,13 @@ def test_signals_in_the_midst_of_signals_stop_it_as_well(start_slave):
 
 def test_signals_while_stopping_are_503(start_slave, upstream, tmp_path):
     slave = start_slave()
-    stand_in(slave, 'trap : TERM; until [ -e "%s" ]; do sleep 0.1; done' % (tmp_path / "go"))
+    stand_in(
+        slave,
+        'trap : TERM; echo trapped >>"$HOME/runs"; until [ -e "%s" ]; do sleep 0.1; done'
+        % (tmp_path / "go"),
+    )
     slave.signal()
-    wait_runs(slave, 1)
+    wait_runs(slave, 2)
     slave.process.terminate()
     wait_until(lambda: "Z stopping\n" in slave.log())
     status, headers, body = slave.get("/?repo=other")

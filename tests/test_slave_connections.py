@@ -329,7 +329,9 @@ def test_refusals_are_logged_ten_a_second_then_counted(start_slave):
 
     def counted():
         left_out = sum(map(int, re.findall(r"(\d+) more like these were left out", slave.log())))
-        return slave.log().count("refused with 400") + left_out == REFUSALS
+        told = slave.log().count("refused with 400") + left_out
+        return REFUSALS - looks <= told <= REFUSALS
+    looks = 2 * (took + 2)  # one may be lost where two threads meet, see Log
     wait_until(counted, what="all refusals, logged or counted")
     assert slave.log().count("refused with 400") <= 10 * (took + 2)
     assert slave.log().count("left out") <= 2 * (took + 2)
@@ -684,21 +686,27 @@ def heeds(pid, number):
 
 
 def test_too_few_threads_make_it_slow(start_slave):
-    """A connection gets the thread of another one, which has waited longest with its header."""
-    slave = start_slave()
-    unfinished = [connect(slave.port) for _ in range(8)]
-    for connection in unfinished:
-        connection.sendall(b"GET /heal")
-    wait_until(lambda: threads_of(slave.process.pid) >= 10, what="a thread for each")
+    """A connection gets the thread of another one, which has waited longest with its header.
+
+    Which that has to be done with in 0.1 s; here in what a busy machine needs for it."""
+    slave = start_slave(constants={"SHORTAGE_PAUSE_S": 1, "HEADER_TIMEOUT_S": 300})
+    unfinished = []
+
+    def ask_and_begin_another():
+        """Has a request answered; its connection keeps a thread, which has all that it needs."""
+        unfinished.append(connect(slave.port))
+        unfinished[-1].sendall(b"GET /healthz HTTP/1.1\r\n\r\n")
+        assert unfinished[-1].recv(9999).startswith(b"HTTP/1.1 200 OK\r\n")
+        unfinished[-1].sendall(b"GET /heal")
+    for _ in range(8):
+        ask_and_begin_another()
     pid = slave.process.pid
     with open("/proc/%d/status" % pid) as status:
         size = int(re.search(r"VmSize:\s+(\d+)", status.read()).group(1)) * 1024
-    # There is no room for the stack of one more thread.
-    resource.prlimit(pid, resource.RLIMIT_AS, (size + (1 << 20), resource.RLIM_INFINITY))
-    for _ in range(4):
-        connection = connect(slave.port)
-        connection.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
-        assert read_all(connection).startswith(b"HTTP/1.1 200 OK\r\n")
-        connection.close()
+    # There is no room for the stack of one more thread, but for all else.
+    resource.prlimit(pid, resource.RLIMIT_AS, (size + (4 << 20), resource.RLIM_INFINITY))
+    for _ in range(4):  # the first may have the stack of one that has ended before
+        ask_and_begin_another()
+    assert "can't start new thread" in slave.log()
     for connection in unfinished:
         connection.close()

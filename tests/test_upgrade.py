@@ -108,8 +108,7 @@ def test_an_update_that_the_upgrade_interrupts_is_done_by_the_new_version(upgrad
     upgrade.upgrade_slave()
     (upgrade.slave.home / "go").touch()
     update = upgrade.ask("/status?repo=hanuman")["update"]
-    target = "/status?repo=hanuman&update=%d&wait=20" % update
-    assert upgrade.ask(target)["state"] == "live"
+    assert upgrade.slave.wait_update(update=update, secret=SECRET)["state"] == "live"
     assert upgrade.live() == "one\n"
 
 

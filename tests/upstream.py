@@ -193,11 +193,12 @@ class GitHandler(http.server.BaseHTTPRequestHandler):
 
     def _misbehave(self):
         """Do what the fault says; True when that was the whole answer."""
+        released = self.server.released  # before the look: the fault may go meanwhile
         fault = self._fault()
         if fault == "reset":
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         elif fault == "hang":
-            self.server.released.wait(60)
+            released.wait(60)
         elif fault == "garbage":
             self.wfile.write(b"\x00\xff these are not the packs you are looking for\r\n" * 20)
         elif fault.isdigit():
