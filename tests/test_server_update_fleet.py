@@ -234,9 +234,10 @@ def test_few_slaves_are_asked_by_long_polls(farm, update):
 def test_many_slaves_are_asked_in_turn(farm, update):
     """With 8 requests at a time, 40 slaves can't each hold one back."""
     entries = [farm.add(updates(0.3)) for _ in range(40)]
-    done = update(entries, "--json", "--parallel", "8")
+    # None counts as stalled, which makes room for more, where the farm itself stands still.
+    done = update(entries, "--json", "--parallel", "8", constants={"STALLED_S": 30})
     assert done.outcomes == dict.fromkeys(entries, "live")
-    assert farm.most_open <= 24, "three times as many where some stall"
+    assert farm.most_open <= 16
     assert sum(farm.signals.values()) == 40
     waits = ["wait=" in request.path for request in farm.requests if "/status" in request.path]
     assert not waits[0] and waits.count(True) <= 8

@@ -7,9 +7,8 @@ import time
 
 import pytest
 from farm import (
-    Answer,
     Farm,
-    accepted,
+    after,
     drip,
     error,
     hold,
@@ -27,10 +26,6 @@ from update_support import run_in_process
 OVERRUN_S = 20  # beyond --timeout, on a busy machine
 CHUNKED = b"HTTP/1.1 202 Accepted\r\nTransfer-Encoding: chunked\r\n\r\n"
 BODY = b'{"repo": "hanuman", "update": 1, "state": "queued", "ref": null}'
-
-
-def accepted_after(delay_s):
-    return Answer(((delay_s, accepted().parts[0][1]),), "close")
 
 
 def test_a_dripped_answer_does_not_outlive_its_time(farm, start_update):
@@ -65,12 +60,7 @@ def test_mute_slaves_keep_nobody_from_being_asked(farm, update, lives, mutes, ti
 @pytest.mark.slow
 def test_slaves_mute_after_the_signal_keep_nobody_from_being_signalled(farm, update):
     """Their polls hold threads until --timeout: there are others for signals."""
-
-    def later_mute(request):
-        is_poll = request.path.startswith("/status")
-        return hold(request) if is_poll else accepted_after(0.2)
-
-    mutes = [farm.add(later_mute) for _ in range(12)]
+    mutes = [farm.add(after(0.2, hold)) for _ in range(12)]
     live = [farm.add(updates()) for _ in range(8)]
     done = update(mutes + live, "--json", "--parallel=2", "--timeout=60")
     assert done.summary["outcomes"] == {"live": 8, "timeout": 12}
@@ -84,7 +74,7 @@ def test_no_more_in_flight_than_parallel_where_some_stall(
 ):
     """The place of one that stalled is not given to more than one."""
     monkeypatch.setattr(server_update, "STALLED_S", 3)
-    entries = [farm.add(lambda request: accepted_after(4)) for _ in range(16)]
+    entries = [farm.add(after(4, updates())) for _ in range(16)]
     options = ["--parallel=4", "--no-wait"]
     assert run_in_process(server_update, monkeypatch, entries, *options) == 0
     assert "hanuman: 16 signalled of 16" in capsys.readouterr().out
